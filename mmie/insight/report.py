@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 # %% auto #0
 __all__ = ['Count', 'Positive', 'Share', 'Loss', 'Part', 'ModelCard', 'CorpusCard', 'StageRecord', 'Curve', 'Compression',
-           'Encoder', 'TokenView', 'Sample', 'Question', 'Exam', 'Variant', 'Reproduction', 'RunReport']
+           'Encoder', 'TokenView', 'Sample', 'Question', 'wilson_interval', 'Score', 'Exam', 'Variant', 'Reproduction',
+           'RunReport', 'count_words', 'Finding', 'against', 'prediction_findings', 'exam_findings']
 
 # %% ../../nbs/92_insight.report.ipynb #23c52d32
 class Part(BaseModel):
@@ -127,17 +128,74 @@ class Question(Part):
     question: str # as asked
     expected: str # the one right answer
     answer: str # what the fine-tuned model said
+    pretrained_answer: str | None = None # what it said before it had seen any question
     int8_answer: str | None = None # what it said after quantization
 
     @property
     def correct(self) -> bool: # whether the answer is the expected one, spaces at the ends aside
         return self.answer.strip() == self.expected.strip()
 
+# %% ../../nbs/92_insight.report.ipynb #c7454a3e
+def wilson_interval(
+    hits: int, # successes
+    n: int, # trials
+    z: float = 1.96, # standard normal quantile; 1.96 leaves 5 % outside
+) -> tuple[float, float]: # lowest and highest share compatible with that
+    "Where a share may really lie, given `hits` of `n` (Wilson, 1927)."
+    if n == 0: return 0.0, 1.0
+    p, spread = hits / n, z * z / n
+    middle = (p + spread / 2) / (1 + spread)
+    half = z * ((p * (1 - p) + spread / 4) / n) ** 0.5 / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
+# %% ../../nbs/92_insight.report.ipynb #18390995
+class Score(Part):
+    "So many right of so many."
+    hits: Count # right answers
+    n: Count # questions
+
+    @property
+    def share(self) -> float: # between 0 and 1
+        return self.hits / self.n if self.n else 0.0
+
+    @property
+    def interval(self) -> tuple[float, float]: # 95 %, for the share
+        return wilson_interval(self.hits, self.n)
+
+# %% ../../nbs/92_insight.report.ipynb #a574469e
 class Exam(Part):
     "Questions whose answers are known, none of them asked in training."
     questions: tuple[Question, ...] # in the order asked
     guess: str | None = None # the commonest answer in training: what a parrot would say every time
+
+    def score(self,
+        kind: str | None = None, # only this kind; None: all
+    ) -> Score: # of the fine-tuned model
+        "Count the right answers."
+        asked = [q for q in self.questions if kind in (None, q.kind)]
+        return Score(hits=sum(q.correct for q in asked), n=len(asked))
+
+    def score_of(self,
+        column: Literal["answer", "pretrained_answer", "int8_answer"], # whose answers
+    ) -> Score | None: # None if that model wasn't asked
+        "Count the right answers of another age of the model."
+        given = [(getattr(q, column), q.expected) for q in self.questions]
+        given = [(a.strip(), e.strip()) for a, e in given if a is not None]
+        return Score(hits=sum(a == e for a, e in given), n=len(given)) if given else None
+
+    @property
+    def guessed(self) -> Score | None: # of always giving the commonest answer
+        if self.guess is None: return None
+        return Score(hits=sum(q.expected.strip() == self.guess.strip() for q in self.questions), n=len(self.questions))
+
+    @property
+    def unchanged(self) -> Score | None: # answers that quantization left as they were
+        pairs = [(q.answer, q.int8_answer) for q in self.questions if q.int8_answer is not None]
+        return Score(hits=sum(a == b for a, b in pairs), n=len(pairs)) if pairs else None
+
+    @property
+    def kinds(self) -> tuple[str, ...]: # in the order they first appear
+        return tuple(dict.fromkeys(q.kind for q in self.questions))
 
 # %% ../../nbs/92_insight.report.ipynb #d9443867
 class Variant(Part):
@@ -165,7 +223,7 @@ class RunReport(Part):
     created: datetime # when the record was written
     model: ModelCard | None = None
     corpus: CorpusCard | None = None
-    stages: tuple[StageRecord, ...] = ()
+    stages: tuple[StageRecord, ...] = () # in the order they ran
     pretraining: Curve | None = None
     finetuning: Curve | None = None
     compression: Compression | None = None
@@ -175,3 +233,62 @@ class RunReport(Part):
     variants: tuple[Variant, ...] = () # the first is the one as trained
     reproduction: Reproduction | None = None
     notes: tuple[str, ...] = () # what the run itself wants to be said of it
+
+    @property
+    def seconds(self) -> float | None: # all stages together; None if none was timed
+        timed = [s.seconds for s in self.stages if s.seconds is not None]
+        return sum(timed) if timed else None
+
+# %% ../../nbs/92_insight.report.ipynb #bb2fa868
+def count_words(
+    n: float, # how many
+) -> str: # three significant digits: "1.93 million"
+    "A large number as one says it."
+    for size, word in ((1e9, " billion"), (1e6, " million")):
+        if n >= size: return f"{n / size:.3g}{word}"
+    return f"{n:,.0f}"
+
+# %% ../../nbs/92_insight.report.ipynb #d2e76f8b
+class Finding(Part):
+    "A sentence that the record supports."
+    text: str # for the reader
+    tone: Literal["good", "bad", "plain"] = "plain" # whether the model comes out of it well
+
+
+def against(
+    ours: float, # the model's bits per byte
+    theirs: float, # the rival's, on the same text
+    rival: str, # its name in a sentence
+) -> Finding: # who needs fewer bits, and by how much
+    "Compare with one rival; a difference below a tenth of a percent is none."
+    numbers = f"{ours:.3f} against {theirs:.3f} bits per byte"
+    change = ours / theirs - 1
+    if abs(change) < 0.001: return Finding(text=f"It is level with {rival}: {numbers}.")
+    if change < 0: return Finding(text=f"It beats {rival}: {numbers}, {-change:.1%} fewer.", tone="good")
+    return Finding(text=f"It loses to {rival}: {numbers}, {change:.1%} more.", tone="bad")
+
+# %% ../../nbs/92_insight.report.ipynb #484168bf
+def prediction_findings(
+    c: Compression, # bits per byte of everyone
+) -> list[Finding]: # one per kind of rival, against its strongest form
+    "Say how the model does against lzma and against counting."
+    if c.model is None: return []
+    n = f"the {c.ngram_order}-gram"
+    zips = [(c.lzma, "lzma"), (c.lzma_given_train, "lzma, even when lzma has read the training text")]
+    grams = [(c.ngram_bytes, f"{n} over bytes"), (c.ngram_tokens, f"{n} over its own tokens")]
+    best = [min(((v, name) for v, name in group if v is not None), default=None) for group in (zips, grams)]
+    return [against(c.model, *rival) for rival in best if rival is not None]
+
+# %% ../../nbs/92_insight.report.ipynb #47eff8c5
+def exam_findings(
+    exam: Exam, # questions and answers
+) -> list[Finding]: # one sentence, with its interval
+    "Say how many questions were answered right, and whether that is more than parroting."
+    s = exam.score()
+    low, high = s.interval
+    text = f"It answers {s.hits} of {s.n} held-out questions word for word: {s.share:.0%} (95 % interval {low:.0%} to {high:.0%})."
+    parrot = exam.guessed
+    if parrot is None: return [Finding(text=text)]
+    better = low > parrot.share
+    text += f" Always giving the commonest answer would get {parrot.share:.0%}" + ("." if better else ", which is no worse.")
+    return [Finding(text=text, tone="good" if better else "bad")]
