@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Count', 'Positive', 'Share', 'Loss', 'ACCENT', 'WARM', 'Part', 'ModelCard', 'CorpusCard', 'StageRecord', 'Curve',
            'Compression', 'Encoder', 'TokenView', 'Sample', 'Question', 'wilson_interval', 'Score', 'Exam', 'Variant',
-           'flatten', 'Reproduction', 'RunReport', 'count_words', 'Finding', 'against', 'prediction_findings',
+           'flatten', 'Reproduction', 'RunReport', 'count_words', 'short', 'Finding', 'against', 'prediction_findings',
            'exam_findings', 'quantization_findings', 'verdict', 'ticks', 'thin', 'spread', 'references', 'curve_figure',
-           'predictors', 'compression_figure', 'exam_figure', 'visible', 'csp_hash', 'caveats', 'render_report',
-           'write_report']
+           'predictors', 'compression_figure', 'exam_figure', 'visible', 'csp_hash', 'caveats', 'lede', 'backdrop',
+           'render_report', 'write_report']
 
 # %% ../../nbs/92_insight.report.ipynb #62710853
 import base64
@@ -91,6 +91,10 @@ class Curve(Part):
             raise ValueError("held-out bits per byte need bytes_per_token to share an axis with the loss")
         return self
 
+    def heldout(self) -> list[tuple[int, float]]: # step and bits per byte
+        "The held-out scores as pairs."
+        return list(zip(self.heldout_steps, self.heldout_bits_per_byte, strict=True))
+
 # %% ../../nbs/92_insight.report.ipynb #fbf05329
 class Compression(Part):
     "Bits each predictor needs for one byte of the same held-out text; less is better."
@@ -123,6 +127,10 @@ class TokenView(Part):
         "Encode `text` and keep what each token stands for."
         ids = tuple(tokenizer.encode(text))
         return cls(ids=ids, pieces=tuple(tokenizer.token_bytes(i).decode("utf-8", "backslashreplace") for i in ids))
+
+    def pairs(self) -> list[tuple[int, str]]: # id and text
+        "Each token with its number."
+        return list(zip(self.ids, self.pieces, strict=True))
 
 # %% ../../nbs/92_insight.report.ipynb #8dc143fe
 class Sample(Part):
@@ -203,6 +211,12 @@ class Exam(Part):
         pairs = [(q.answer, q.int8_answer) for q in self.questions if q.int8_answer is not None]
         return Score(hits=sum(a == b for a, b in pairs), n=len(pairs)) if pairs else None
 
+    def first(self,
+        n: int, # of each kind
+    ) -> list[Question]: # in the order of the kinds
+        "The first few of each kind: a sample nobody chose."
+        return [q for kind in self.kinds for q in [q for q in self.questions if q.kind == kind][:n]]
+
     @property
     def kinds(self) -> tuple[str, ...]: # in the order they first appear
         return tuple(dict.fromkeys(q.kind for q in self.questions))
@@ -280,6 +294,13 @@ def count_words(
     for size, word in ((1e9, " billion"), (1e6, " million")):
         if n >= size: return f"{n / size:.3g}{word}"
     return f"{n:,.0f}"
+
+# %% ../../nbs/92_insight.report.ipynb #6f02b18c
+def short(
+    n: float, # how many
+) -> str: # three significant digits: "1.93 M"
+    "A large number where room is scarce."
+    return count_words(n).replace(" billion", " B").replace(" million", " M")
 
 # %% ../../nbs/92_insight.report.ipynb #d2e76f8b
 class Finding(Part):
@@ -568,7 +589,7 @@ def compression_figure(
         body.append(_text(end + 8, top + 16, f"{v:.3f}", font_weight=650 if ours else 400))
         if c.model and not ours: body.append(_text(end + 50, top + 16, f"{v / c.model - 1:+.1%}", opacity=.65))
     height = 10 + len(rows) * pitch
-    if c.model: body.append(_line(*[left + c.model / longest * (right - left), 2] * 1, left + c.model / longest * (right - left), height, stroke=ACCENT, stroke_opacity=1, stroke_dasharray="3 3"))
+    if c.model: body.append(_line(left + c.model / longest * (right - left), 2, left + c.model / longest * (right - left), height, stroke=ACCENT, stroke_opacity=1, stroke_dasharray="3 3"))
     return _svg(width, height, "Bits per byte: " + ", ".join(f"{name} {v:.3f}" for name, v, _ in rows) + ".", *body, class_="bars")
 
 # %% ../../nbs/92_insight.report.ipynb #e278e772
@@ -630,16 +651,47 @@ def caveats(
     return [*out, *report.notes]
 
 # %% ../../nbs/92_insight.report.ipynb #ef7b1f0c
+def lede(
+    report: RunReport, # whatever has been run
+) -> str: # one or two sentences
+    "What there is to see, in a breath."
+    if not report.model: return "This page fills up as the stages of a run are finished."
+    m, words = report.model, []
+    words.append(f"{count_words(m.parameters)} parameters")
+    if m.tokens_seen: words.append(f"{count_words(m.tokens_seen)} tokens read")
+    if report.seconds is not None: words.append(f"{format_seconds(report.seconds)} of work")
+    where = report.reproduction.machine.get("processor") if report.reproduction else None
+    return ", ".join(words) + (f", on one {where}" if where else "") + "."
+
+# %% ../../nbs/92_insight.report.ipynb #897f76f6
+def backdrop(
+    curve: Curve | None, # the loss of pretraining
+) -> Markup: # SVG that fills its box
+    "The run's own learning curve as the hill behind the title."
+    points = thin(curve.steps, curve.losses, 120) if curve else []
+    if len(points) < 2: return Markup("")
+    ys = [y for _, y, _, _ in points]
+    frame = _Frame(0, 8, 100, 96, points[0][0], points[-1][0], min(ys), max(ys) + 1e-9)
+    hill = [(x, y) for x, y, _, _ in points]
+    area = [(points[0][0], min(ys) - 1), *hill, (points[-1][0], min(ys) - 1)]
+    return _tag("svg", frame.path(area, fill="currentColor", fill_opacity=.10), frame.path(hill, stroke="currentColor", stroke_opacity=.45, stroke_width=1.5, vector_effect="non-scaling-stroke"),
+                class_="backdrop", viewBox="0 0 100 100", preserveAspectRatio="none", aria_hidden="true")
+
+# %% ../../nbs/92_insight.report.ipynb #fd2bb393
 def render_report(
     report: RunReport, # whatever has been run
 ) -> str: # a whole HTML page that asks the network for nothing
     "Fill the template; all text from the record is escaped."
     import jinja2
     env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    env.filters.update(visible=visible, words=count_words, size=format_bytes, duration=format_seconds, csp_hash=csp_hash)
+    env.filters.update(visible=visible, short=short, size=format_bytes, duration=format_seconds, csp_hash=csp_hash)
     figures = {f.__name__: lambda *args, f=f: {w: Markup(f(*args, width=w)) for w in (760, 360)} for f in (curve_figure, compression_figure, exam_figure)}
     source = resources.files("mmie.insight").joinpath("report.html.j2").read_text(encoding="utf-8")
-    return env.from_string(source).render(r=report, verdict=verdict(report), caveats=caveats(report), **figures)
+    rivals = references(report.compression)[-2:]
+    return env.from_string(source).render(
+        r=report, verdict=verdict(report), caveats=caveats(report), lede=lede(report), backdrop=backdrop(report.pretraining),
+        predictors=predictors(report.compression) if report.compression else [],
+        rivals_in_short=", ".join(f"{name} {v:.2f}" for name, v in rivals), **figures)
 
 # %% ../../nbs/92_insight.report.ipynb #c3b218f5
 def write_report(
