@@ -13,7 +13,6 @@ import inspect
 import json
 import logging
 import re
-import sys
 import sysconfig
 import types
 import warnings
@@ -163,7 +162,9 @@ def _topics(
     return {}
 
 # %% ../../nbs/10_tokenization.corpora.ipynb #1582e53f
-PACKAGES = ("torch", "numpy", "matplotlib", "pydantic", "pydantic-settings", "jinja2", "psutil", "typer", "tqdm", "regex", "safetensors", "pyyaml")
+PACKAGES = (
+    "torch", "numpy", "matplotlib", "pydantic", "pydantic-settings", "jinja2", "psutil", "typer", "tqdm", "regex", "safetensors", "pyyaml",
+)
 
 _LEFT_OUT = {"test", "tests", "testing", "idle_test", "lib2to3", "site-packages", "dist-packages", "vendor", "v1"}
 
@@ -317,7 +318,8 @@ def _text_files(
         raise InputError("no such file or folder", where=str(given))
     if given.is_file():
         if given.suffix.lower() not in TEXT_SUFFIXES:
-            raise InputError(f"cannot read {given.suffix or 'a file without ending'}", where=str(given), fix=f"use {', '.join(TEXT_SUFFIXES)}")
+            ending = given.suffix or "a file without ending"
+            raise InputError(f"cannot read {ending}", where=str(given), fix=f"use {', '.join(TEXT_SUFFIXES)}")
         return [(given.name, given)]
     inside = [(path.relative_to(given), path) for path in given.rglob("*") if path.is_file()]
     visible = [(name, path) for name, path in inside if not any(part.startswith(".") for part in name.parts)]

@@ -16,7 +16,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -54,7 +54,8 @@ def _pack(
     if isinstance(value, list | tuple):
         items = [_pack(item, tensors, seen, f"{where}/{i}") for i, item in enumerate(value)]
         return items if isinstance(value, list) else {"$tuple": items}
-    raise InputError(f"a checkpoint cannot hold a {type(value).__name__}", where=where, fix="use tensors, numbers, text, lists and dictionaries")
+    fix = "use tensors, numbers, text, lists and dictionaries"
+    raise InputError(f"a checkpoint cannot hold a {type(value).__name__}", where=where, fix=fix)
 
 # %% ../../nbs/42_training.checkpoint.ipynb #3d538ee9
 def _number(
@@ -92,7 +93,7 @@ def _unpack(
     return {key: _unpack(item, tensors) for key, item in value.items()}
 
 # %% ../../nbs/42_training.checkpoint.ipynb #af9c6bf0
-_NAME = re.compile(r"step-(\d{9,})(?:-(\d+))?") # step, and attempt when a step was saved again
+_NAME = re.compile(r"step-(\d{9})(?:-(\d+))?") # step, and attempt when a step was saved again
 _FORMAT = 1
 
 
@@ -142,8 +143,10 @@ def _write_files(
     with (folder / "tensors.safetensors").open("rb+") as file:
         os.fsync(file.fileno())
     atomic_write(folder / "state.json", tree)
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)} for name in ("tensors.safetensors", "state.json")}
-    atomic_write(folder / "manifest.json", json.dumps({"format": _FORMAT, "step": step, "metric": metric, "files": files}, indent=1))
+    paths = [folder / "tensors.safetensors", folder / "state.json"]
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in paths}
+    manifest = {"format": _FORMAT, "step": step, "metric": metric, "files": files}
+    atomic_write(folder / "manifest.json", json.dumps(manifest, indent=1))
     _sync_folder(folder)
 
 # %% ../../nbs/42_training.checkpoint.ipynb #3ec8dd2e
@@ -179,7 +182,7 @@ def save_checkpoint(
     folder = Path(folder)
     target, temporary = _free_name(folder, step), folder / f".saving-{uuid.uuid4().hex[:8]}"
     try:
-        for left in folder.glob(".saving-*"): # of a process that was killed
+        for left in [*folder.glob(".saving-*"), *folder.glob(".removed-*")]: # of a process that was killed
             shutil.rmtree(left)
         temporary.mkdir(parents=True)
         _write_files(temporary, state, step, metric if metric is not None and math.isfinite(metric) else None)
@@ -189,7 +192,8 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         good = latest_checkpoint(folder)
         kept = f"the last good checkpoint is {good.name}" if good else "there is no earlier checkpoint"
-        raise InputError(f"cannot save the checkpoint of step {step}: {error}", where=str(folder), fix=f"make room or choose another folder; {kept}") from error
+        what = f"cannot save the checkpoint of step {step}: {error}"
+        raise InputError(what, where=str(folder), fix=f"make room or choose another folder; {kept}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
@@ -204,13 +208,13 @@ def checkpoint_info(
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] > _FORMAT:
             raise InputError(f"the checkpoint has format {manifest['format']}, newer than {_FORMAT}", where=str(path), fix="update mmie")
-        for name, expected in manifest["files"].items():
-            if (path / name).stat().st_size != expected["bytes"] or _digest(path / name) != expected["sha256"]:
+        for name, written in manifest["files"].items():
+            if (path / name).stat().st_size != written["bytes"] or _digest(path / name) != written["sha256"]:
                 raise InputError(f"{name} is damaged: it is not what was written", where=str(path), fix="use an older checkpoint")
         return CheckpointInfo(path, manifest["step"], manifest["metric"], sum(f["bytes"] for f in manifest["files"].values()))
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"not a whole checkpoint: {error}", where=str(path), fix="use an older checkpoint") from error
 
 
@@ -265,12 +269,12 @@ def _prune(
     keep_last: int, # at least one
 ) -> None:
     "Remove all but the newest steps and the best; of a step saved twice only the newer stays."
-    newest: dict[str, Path] = {}
+    newest: dict[str, Path] = {} # step → its newest attempt
     for path in _candidates(folder):
-        newest.setdefault(path.name[: path.name.index("-", 5)] if path.name.count("-") > 1 else path.name, path)
+        newest.setdefault(path.name[:14], path)
     order = list(newest.values())
     scored = [p for p in reversed(order) if _manifest_metric(p) < math.inf]
     keep = {*order[:keep_last], *([min(scored, key=_manifest_metric)] if scored else [])}
     for path in _candidates(folder):
         if path not in keep:
-            shutil.rmtree(path)
+            shutil.rmtree(path.rename(folder / f".removed-{path.name}"))
