@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TypeAlias
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -30,7 +29,7 @@ from ..core import InputError, atomic_write
 # %% ../../nbs/42_training.checkpoint.ipynb #3859fbec
 logger = logging.getLogger(__name__)
 
-State: TypeAlias = "None | bool | int | float | str | Tensor | Sequence[State] | Mapping[str, State]"
+State: TypeAlias = "bool | int | float | str | Tensor | Sequence[State] | Mapping[str, State] | None"
 
 # %% ../../nbs/42_training.checkpoint.ipynb #3fa98119
 def _pack(
@@ -192,7 +191,7 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         good = latest_checkpoint(folder)
         kept = f"the last good checkpoint is {good.name}" if good else "there is no earlier checkpoint"
-        what = f"cannot save the checkpoint of step {step}: {error}"
+        what = f"cannot save the checkpoint of step {step}: {getattr(error, 'strerror', None) or error}"
         raise InputError(what, where=str(folder), fix=f"make room or choose another folder; {kept}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
