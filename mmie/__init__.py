@@ -2,39 +2,42 @@
 __version__ = "0.1.0"
 
 import importlib as _importlib
+from typing import Any as _Any
 
 
-def _symbols() -> dict[str, list[str]]:
-    """Public name → the modules that define it, from the index that nbdev generates."""
+def _index() -> dict[str, dict[str, tuple[str, str]]]:
+    """Module → its definitions, as nbdev lists them on export."""
     from mmie._modidx import d
-    found: dict[str, list[str]] = {}
-    for module, names in d["syms"].items():
-        for name in names:
-            short = name.removeprefix(module + ".")
-            if "." not in short and not short.startswith("_"):
-                found.setdefault(short, []).append(module)
-    return found
+    return d["syms"]  # type: ignore[return-value]
 
 
-def _modules() -> set[str]:
-    """The chapters and parts directly below the package: `core`, `tokenization`, …"""
-    from mmie._modidx import d
-    return {module.split(".")[1] for module in d["syms"] if "." in module}
+def _chapters() -> set[str]:
+    """The modules and packages directly below this one: `core`, `tokenization`, …"""
+    return {module.split(".")[1] for module in _index() if "." in module}
 
 
-def __getattr__(name: str) -> object:
+def _homes() -> dict[str, list[str]]:
+    """Public name → the modules that define it."""
+    homes: dict[str, list[str]] = {}
+    for module, definitions in _index().items():
+        for path in definitions:
+            name = path.removeprefix(module + ".")
+            if "." not in name and not name.startswith("_"):
+                homes.setdefault(name, []).append(module)
+    return homes
+
+
+def __getattr__(name: str) -> _Any:
     if not name.startswith("_"):
-        if name in _modules():  # a part or chapter wins over a symbol of the same name, whatever was imported before
+        if name in _chapters():  # before functions of the same name: importing the module would put it here anyway
             return _importlib.import_module(f"mmie.{name}")
-        modules = _symbols().get(name, [])
-        if len(modules) == 1:
-            value: object = getattr(_importlib.import_module(modules[0]), name)
-            globals()[name] = value
-            return value
-        if modules:
-            raise AttributeError(f"{name!r} is defined in {' and in '.join(sorted(modules))}: import it from the one you mean")
+        homes = sorted(_homes().get(name, []))
+        if len(homes) > 1:
+            raise AttributeError(f"{name!r} is defined in {' and in '.join(homes)}: import it from the one you mean")
+        if homes:
+            return globals().setdefault(name, getattr(_importlib.import_module(homes[0]), name))
     raise AttributeError(f"module 'mmie' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_modules(), *_symbols()})
+    return sorted({*globals(), *_chapters(), *_homes()})

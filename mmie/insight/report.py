@@ -13,6 +13,7 @@ __all__ = ['Count', 'Positive', 'Share', 'Loss', 'ACCENT', 'WARM', 'Part', 'Mode
 # %% ../../nbs/92_insight.report.ipynb #62710853
 import base64
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -305,7 +306,8 @@ def short(
 # %% ../../nbs/92_insight.report.ipynb #d2e76f8b
 class Finding(Part):
     "A sentence that the record supports."
-    text: str # for the reader
+    figure: str # the number in a few words: "7.5% fewer bits"
+    text: str # a sentence that explains it
     tone: Literal["good", "bad", "plain"] = "plain" # whether the model comes out of it well
 
 
@@ -315,11 +317,11 @@ def against(
     rival: str, # its name in a sentence
 ) -> Finding: # who needs fewer bits, and by how much
     "Compare with one rival; a difference below a tenth of a percent is none."
-    numbers = f"{ours:.3f} against {theirs:.3f} bits per byte"
+    numbers = f"{ours:.3f} against {theirs:.3f} bits per byte of held-out text."
     change = ours / theirs - 1
-    if abs(change) < 0.001: return Finding(text=f"It is level with {rival}: {numbers}.")
-    if change < 0: return Finding(text=f"It beats {rival}: {numbers}, {-change:.1%} fewer.", tone="good")
-    return Finding(text=f"It loses to {rival}: {numbers}, {change:.1%} more.", tone="bad")
+    if abs(change) < 0.001: return Finding(figure="No difference", text=f"Level with {rival}: {numbers}")
+    if change < 0: return Finding(figure=f"{-change:.1%} fewer bits", text=f"It beats {rival}: {numbers}", tone="good")
+    return Finding(figure=f"{change:.1%} more bits", text=f"It loses to {rival}: {numbers}", tone="bad")
 
 # %% ../../nbs/92_insight.report.ipynb #484168bf
 def prediction_findings(
@@ -340,12 +342,12 @@ def exam_findings(
     "Say how many questions were answered right, and whether that is more than parroting."
     s = exam.score()
     low, high = s.interval
-    text = f"It answers {s.hits} of {s.n} held-out questions word for word: {s.share:.0%} (95 % interval {low:.0%} to {high:.0%})."
-    parrot = exam.guessed
-    if parrot is None: return [Finding(text=text)]
-    better = low > parrot.share
-    text += f" Always giving the commonest answer would get {parrot.share:.0%}" + ("." if better else ", which is no worse.")
-    return [Finding(text=text, tone="good" if better else "bad")]
+    text = f"It answers {s.hits} of {s.n} held-out questions word for word (95% interval {low:.0%} to {high:.0%})."
+    parrot, tone = exam.guessed, "plain"
+    if parrot is not None:
+        tone = "good" if low > parrot.share else "bad"
+        text += f" Always giving the commonest answer would get {parrot.share:.0%}" + ("." if tone == "good" else ", no worse than that.")
+    return [Finding(figure=f"{s.share:.0%} right", text=text, tone=tone)]
 
 # %% ../../nbs/92_insight.report.ipynb #e1fab1ed
 def quantization_findings(
@@ -355,18 +357,18 @@ def quantization_findings(
     "Say what a smaller model saves and what it costs."
     out = []
     for v in variants[1:]:
-        whole = variants[0]
-        text, tone = f"In {v.name} its file is {whole.disk_bytes / v.disk_bytes:.1f} times smaller", "good"
+        whole, tone = variants[0], "good"
+        says = [f"The {v.name} file is {whole.disk_bytes / v.disk_bytes:.1f} times smaller"]
         if v.bits_per_byte and whole.bits_per_byte:
             extra = v.bits_per_byte / whole.bits_per_byte - 1
-            text += f", held-out text costs {abs(extra):.2%} {'more' if extra >= 0 else 'fewer'} bits"
+            says.append(f"text costs {abs(extra):.2%} {'more' if extra >= 0 else 'fewer'} bits")
             tone = "good" if extra <= 0.005 else "bad"
         if v.tokens_per_second and whole.tokens_per_second:
             speed = v.tokens_per_second / whole.tokens_per_second
-            text += f", it writes {speed:.2f} times as fast" + (" (slower, that is)" if speed < 1 else "")
+            says.append(f"it writes at {speed:.2f} times the speed" + (", so it is slower" if speed < 0.98 else ""))
         if v.name == "int8" and exam and (same := exam.unchanged):
-            text += f", and {same.hits} of {same.n} answers stay as they were"
-        out.append(Finding(text=text + ".", tone=tone))
+            says.append(f"{same.hits} of {same.n} answers stay as they were")
+        out.append(Finding(figure=f"{whole.disk_bytes / v.disk_bytes:.1f}× smaller", text="; ".join(says) + ".", tone=tone))
     return out
 
 # %% ../../nbs/92_insight.report.ipynb #387dbc06
@@ -458,7 +460,7 @@ def spread(
     "Push labels apart until none covers another."
     order = sorted(range(len(places)), key=lambda i: places[i])
     out = list(places)
-    for above, below in zip(order, order[1:]): out[below] = max(out[below], out[above] + gap)
+    for above, below in itertools.pairwise(order): out[below] = max(out[below], out[above] + gap)
     for n, i in enumerate(reversed(order)): out[i] = min(out[i], lowest - n * gap)
     return out
 
@@ -518,6 +520,7 @@ def curve_figure(
     curve: Curve, # losses as they were noted
     compression: Compression | None = None, # rivals, drawn as lines
     width: int = 760, # pixels the drawing is made for
+    height: int = 336, # the same, downwards
 ) -> str: # SVG
     "The training loss (thin, its range shaded) and the held-out score (dots), on one axis."
     scale = 1 / (math.log(2) * curve.bytes_per_token) if curve.bytes_per_token else 1.0
@@ -527,7 +530,7 @@ def curve_figure(
     ys = [v for _, _, lo, hi in train for v in (lo, hi)] + [v for _, v in held + lines] or [0.0, 1.0]
     margin = 0.06 * (max(ys) - min(ys)) or 1.0
     steps = [*curve.steps, *curve.heldout_steps, 1]
-    frame = _Frame(34, 28, width - (124 if width > 500 else 102), 300, 0, max(steps), min(ys) - margin, max(ys) + margin)
+    frame = _Frame(34, 28, width - (124 if width > 500 else 104), height - 36, 0, max(steps), min(ys) - margin, max(ys) + margin)
     body = _axes(frame, "bits per byte" if curve.bytes_per_token else "nats per token")
     body += [_line(frame.left, frame.y(v), frame.right, frame.y(v), stroke_opacity=.55, stroke_dasharray="2 4") for _, v in lines]
     body += _strokes(frame, train, held)
@@ -539,7 +542,7 @@ def curve_figure(
     hover = {"left": frame.left, "right": frame.right, "top": frame.top, "bottom": frame.bottom, "width": width,
              "train": [[round(frame.x(x), 1), round(x), round(y, 3)] for x, y, _, _ in train],
              "held": [[round(frame.x(x), 1), round(x), round(y, 3)] for x, y in held]}
-    return _svg(width, 336, "Learning curve: " + ", ".join(ends) + ".", *body, class_="curve", data_points=json.dumps(hover))
+    return _svg(width, height, "Learning curve: " + ", ".join(ends) + ".", *body, class_="curve", data_points=json.dumps(hover))
 
 # %% ../../nbs/92_insight.report.ipynb #50c834df
 def _strokes(
@@ -554,7 +557,7 @@ def _strokes(
         out.append(frame.path(rim, fill=ACCENT, fill_opacity=.16))
         out.append(frame.path([(x, y) for x, y, _, _ in train], stroke=ACCENT, stroke_width=1.4))
     if held:
-        out.append(frame.path(held, stroke=WARM, stroke_width=2.4))
+        out.append(frame.path(held, stroke=WARM, stroke_width=1.8))
         out += [_tag("circle", _tag("title", f"step {x:,.0f}: {y:.3f}"), cx=f"{frame.x(x):.1f}", cy=f"{frame.y(y):.1f}", r=3.6, fill=WARM)
                 for x, y in held]
     return out
@@ -599,6 +602,8 @@ def exam_figure(
 ) -> str: # SVG
     "Share of right answers by kind: the dot is what was counted, the bar where the truth may lie."
     rows = [(kind, exam.score(kind)) for kind in exam.kinds] + [("all", exam.score())]
+    others = [("before fine-tuning", exam.score_of("pretrained_answer")), ("in int8", exam.score_of("int8_answer"))]
+    rows += [(f"all, {age}", s) for age, s in others if s is not None]
     wide = width > 500
     left, pitch, right = (196, 32, width - 76) if wide else (8, 48, width - 70)
     x = lambda share: left + share * (right - left)
@@ -685,13 +690,13 @@ def render_report(
     import jinja2
     env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     env.filters.update(visible=visible, short=short, size=format_bytes, duration=format_seconds, csp_hash=csp_hash)
-    figures = {f.__name__: lambda *args, f=f: {w: Markup(f(*args, width=w)) for w in (760, 360)} for f in (curve_figure, compression_figure, exam_figure)}
+    figures = {f.__name__: lambda *args, f=f, **more: {w: Markup(f(*args, width=w, **more)) for w in (760, 360)} for f in (curve_figure, compression_figure, exam_figure)}
     source = resources.files("mmie.insight").joinpath("report.html.j2").read_text(encoding="utf-8")
-    rivals = references(report.compression)[-2:]
+    rivals = references(report.compression)[-1:]
     return env.from_string(source).render(
         r=report, verdict=verdict(report), caveats=caveats(report), lede=lede(report), backdrop=backdrop(report.pretraining),
         predictors=predictors(report.compression) if report.compression else [],
-        rivals_in_short=", ".join(f"{name} {v:.2f}" for name, v in rivals), **figures)
+        rivals_in_short="".join(f"the {name} needs {v:.2f}" for name, v in rivals), **figures)
 
 # %% ../../nbs/92_insight.report.ipynb #c3b218f5
 def write_report(
