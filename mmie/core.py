@@ -23,7 +23,7 @@ import re
 import secrets
 import sys
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,7 +104,7 @@ def _yaml_loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers: typing.ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+        pass
 
     def integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
         text = str(loader.construct_scalar(node))
@@ -117,6 +117,7 @@ def _yaml_loader() -> Any:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.value[i][0].start_mark)
         return loader.construct_mapping(node, deep=True)
 
+    Loader.yaml_implicit_resolvers = {} # forget YAML 1.1's
     for tag, (pattern, first) in _PLAIN_WORDS.items():
         Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), first)
     Loader.add_constructor("tag:yaml.org,2002:int", integer)
@@ -195,9 +196,8 @@ def _nested(
     "Names with double underscores, unfolded."
     result: dict[str, object] = {}
     for name, value in flat.items():
-        for part in reversed(name.split("__")[1:]):
-            value = {part: value}
-        result = _merged(result, {name.split("__")[0]: value})
+        first, *rest = name.split("__")
+        result = _merged(result, {first: functools.reduce(lambda inner, part: {part: inner}, reversed(rest), value)})
     return result
 
 def _merged(
@@ -300,8 +300,11 @@ class Settings(BaseModel):
         layers = [] if path is None else [_Layer(str(path), read_mapping(path))]
         layers += [] if env_prefix is None else [_environment_layer(env_prefix)]
         layers += [_Layer("given in the call", _nested(overrides))]
+        data: dict[str, object] = {}
+        for layer in layers:
+            data = _merged(data, layer.values)
         try:
-            return cls.model_validate(functools.reduce(_merged, (layer.values for layer in layers), {}))
+            return cls.model_validate(data)
         except ValidationError as error:
             raise _explain(cls, error, layers) from error
 
@@ -386,7 +389,7 @@ def _cpu_multiplies_bf16() -> bool:
     import torch
     if not torch.backends.mkldnn.is_available():
         return False
-    has = getattr(torch.cpu, "get_capabilities", dict)()
+    has: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     if has:
         return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
     if platform.machine().lower() in ("aarch64", "arm64"): # from here on: torch before 2.10
@@ -495,10 +498,9 @@ def environment() -> dict[str, str]: # mmie, python, torch, numpy, platform, cpu
 class ApiEntry:
     "One public name."
     name: str # "seed_everything", or "Settings.read" for a method
-    kind: str # "class", "function", "method", "property" or "constant"
-    signature: str # "(seed: int) -> None"; empty for properties and constants
+    signature: str # "(seed: int) -> None"; empty for constants
     doc: str # the first line of the docstring; empty for constants
-    notebook: str # the notebook it was written in, "00_core.ipynb"
+    notebook: str # where it was written, "00_core.ipynb"
 
 # %% ../nbs/00_core.ipynb #aa5a6ef0
 def _described(
@@ -507,27 +509,25 @@ def _described(
     notebook: str, # its source
 ) -> ApiEntry:
     "What there is to say about one name."
-    method = "method" if "." in name else "function"
-    kind = "class" if inspect.isclass(value) else method if callable(value) else "property" if isinstance(value, property) else "constant"
+    if not callable(value):
+        return ApiEntry(name, "", "", notebook)
     try:
-        signature = str(inspect.signature(value)) if callable(value) else ""
+        signature = str(inspect.signature(value))
     except ValueError: # some types written in C have none
         signature = ""
-    doc = "" if kind == "constant" else (inspect.getdoc(value) or "").partition("\n")[0]
-    return ApiEntry(name, kind, signature, doc, notebook)
+    return ApiEntry(name, signature, (inspect.getdoc(value) or "").partition("\n")[0], notebook)
 
 def api_metadata(
     module_name: str, # "mmie.core", or "core" for short
 ) -> list[ApiEntry]: # in the notebook's order, a class before its methods
     "The public names of a module, as its code declares them."
-    module = importlib.import_module(module_name if module_name.startswith("mmie.") else f"mmie.{module_name}")
+    module = importlib.import_module(f"mmie.{module_name.removeprefix('mmie.')}")
     head = re.search(r"File to edit: \S*?([^/\s]+\.ipynb)", inspect.getsource(module))
     notebook = head.group(1) if head else ""
     entries = []
     for name in module.__all__:
         value = getattr(module, name)
         entries.append(_described(name, value, notebook))
-        members = vars(value) if inspect.isclass(value) else {}
-        public = [m for m, v in members.items() if not m.startswith("_") and (inspect.isroutine(v) or isinstance(v, property))]
-        entries += [_described(f"{name}.{m}", members[m] if isinstance(members[m], property) else getattr(value, m), notebook) for m in public]
+        own = [m for m in vars(value) if not m.startswith("_") and callable(getattr(value, m))] if inspect.isclass(value) else []
+        entries += [_described(f"{name}.{m}", getattr(value, m), notebook) for m in own]
     return entries

@@ -362,10 +362,11 @@ def quantization_findings(
         if v.bits_per_byte and whole.bits_per_byte:
             extra = v.bits_per_byte / whole.bits_per_byte - 1
             says.append(f"text costs {abs(extra):.2%} {'more' if extra >= 0 else 'fewer'} bits")
-            tone = "good" if extra <= 0.005 else "bad"
+            if extra > 0.005: tone = "bad"
         if v.tokens_per_second and whole.tokens_per_second:
             speed = v.tokens_per_second / whole.tokens_per_second
             says.append(f"it writes at {speed:.2f} times the speed" + (", so it is slower" if speed < 0.98 else ""))
+            if speed < 0.98 and tone == "good": tone = "plain"
         if v.name == "int8" and exam and (same := exam.unchanged):
             says.append(f"{same.hits} of {same.n} answers stay as they were")
         out.append(Finding(figure=f"{whole.disk_bytes / v.disk_bytes:.1f}× smaller", text="; ".join(says) + ".", tone=tone))
@@ -391,7 +392,8 @@ def _tag(
     return Markup(f"<{name}{written}>{''.join(escape(c) for c in children)}</{name}>")
 
 # %% ../../nbs/92_insight.report.ipynb #0d21e4f1
-ACCENT, WARM = "var(--accent, #1d8a7b)", "var(--warm, #c4622d)"
+ACCENT, WARM = "var(--accent, #4a6fd0)", "var(--warm, #d9601a)"
+_HALO = {"stroke": "var(--paper, none)", "stroke_width": 4, "stroke_linejoin": "round", "paint_order": "stroke"}
 
 
 def _text(
@@ -401,7 +403,7 @@ def _text(
     **attributes: object, # of the element
 ) -> Markup: # a label
     "Text in the page's own colour, so that it can be read in light and dark."
-    return _tag("text", words, **{"x": f"{x:.1f}", "y": f"{y:.1f}", "fill": "currentColor", **attributes})
+    return _tag("text", words, **{"x": f"{x:.1f}", "y": f"{y:.1f}", "fill": "currentColor", **_HALO, **attributes})
 
 
 def _line(
@@ -590,7 +592,7 @@ def compression_figure(
         body.append(_tag("rect", x=left, y=top, width=f"{end - left:.1f}", height=22, rx=3, **paint))
         body.append(_text(left - 10 if wide else 0, top + (16 if wide else -6), name, text_anchor="end" if wide else "start", font_weight=650 if ours else 400))
         body.append(_text(end + 8, top + 16, f"{v:.3f}", font_weight=650 if ours else 400))
-        if c.model and not ours: body.append(_text(end + 50, top + 16, f"{v / c.model - 1:+.1%}", opacity=.65))
+        if c.model and not ours: body.append(_text(end + 50, top + 16, f"{v / c.model - 1:+.1%}".replace("-", "−"), opacity=.65))
     height = 10 + len(rows) * pitch
     if c.model: body.append(_line(left + c.model / longest * (right - left), 2, left + c.model / longest * (right - left), height, stroke=ACCENT, stroke_opacity=1, stroke_dasharray="3 3"))
     return _svg(width, height, "Bits per byte: " + ", ".join(f"{name} {v:.3f}" for name, v, _ in rows) + ".", *body, class_="bars")
@@ -666,7 +668,8 @@ def lede(
     if m.tokens_seen: words.append(f"{count_words(m.tokens_seen)} tokens read")
     if report.seconds is not None: words.append(f"{format_seconds(report.seconds)} of work")
     where = report.reproduction.machine.get("processor") if report.reproduction else None
-    return ", ".join(words) + (f", on one {where}" if where else "") + "."
+    if where: where = where.replace("(R)", "").replace("(TM)", "").split(" @ ")[0].removesuffix(" CPU")
+    return ", ".join(words) + (f" on this machine ({where})" if where else "") + "."
 
 # %% ../../nbs/92_insight.report.ipynb #897f76f6
 def backdrop(
@@ -679,7 +682,7 @@ def backdrop(
     frame = _Frame(0, 8, 100, 96, points[0][0], points[-1][0], min(ys), max(ys) + 1e-9)
     hill = [(x, y) for x, y, _, _ in points]
     area = [(points[0][0], min(ys) - 1), *hill, (points[-1][0], min(ys) - 1)]
-    return _tag("svg", frame.path(area, fill="currentColor", fill_opacity=.10), frame.path(hill, stroke="currentColor", stroke_opacity=.45, stroke_width=1.5, vector_effect="non-scaling-stroke"),
+    return _tag("svg", frame.path(area, fill="currentColor", fill_opacity=.10), frame.path(hill, stroke="currentColor", stroke_opacity=.3, stroke_width=1.5, vector_effect="non-scaling-stroke"),
                 class_="backdrop", viewBox="0 0 100 100", preserveAspectRatio="none", aria_hidden="true")
 
 # %% ../../nbs/92_insight.report.ipynb #fd2bb393
