@@ -151,20 +151,23 @@ def choose_backend(
     return "explicit" if plain else "sdpa"
 
 # %% ../../nbs/20_attention.dot_product.ipynb #4750aa8b
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> None:
-    "Say what doesn't fit, in the words of the person who called."
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> tuple[int, int, int]:
+    "Queries, keys and head_dim; or what doesn't fit, in the words of the person who called."
     if not q.dim() == k.dim() == v.dim() == 4:
-        raise InputError(f"attention needs four dimensions, got {shapes}", fix="each is (batch, heads, length, head_dim)")
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise InputError(f"these don't fit together: {shapes}", fix="batch and head_dim must agree, and k and v in heads and length")
-    if q.shape[1] % k.shape[1]:
-        raise InputError(f"{q.shape[1]} query heads can't share {k.shape[1]} key heads evenly", fix="kv_heads must divide heads")
-    if mask is not None and (mask.dtype != torch.bool or mask.shape[-1] not in (1, k.shape[2])):
+        raise InputError(f"attention needs four dimensions, got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}",
+                         fix="each is (batch, heads, length, head_dim)")
+    (b, h, n, d), (bk, hk, m, dk), (bv, hv, mv, _) = q.shape, k.shape, v.shape
+    if not (b == bk == bv and hk == hv and m == mv and d == dk):
+        raise InputError(f"these don't fit together: q {(b, h, n, d)}, k {(bk, hk, m, dk)}, v {tuple(v.shape)}",
+                         fix="batch and head_dim must agree, and k and v in heads and length")
+    if h % hk:
+        raise InputError(f"{h} query heads can't share {hk} key heads evenly", fix="kv_heads must divide heads")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape[-1] not in (1, m)):
         raise InputError(f"the mask is {mask.dtype} of shape {tuple(mask.shape)}",
-                         fix=f"it must be boolean, True = may look, and end with the {k.shape[2]} keys")
+                         fix=f"it must be boolean, True = may look, and end with the {m} keys")
     if backend not in BACKENDS:
         raise InputError(f"there is no backend {backend!r}", fix=did_you_mean(backend, [*BACKENDS, "auto"]))
+    return n, m, d
 
 # %% ../../nbs/20_attention.dot_product.ipynb #d6f6af16
 def attention(
@@ -183,9 +186,8 @@ def attention(
     """
     if backend == "auto":
         backend = choose_backend(q, k)
-    _check(q, k, v, mask, backend)
-    queries, keys = q.shape[2], k.shape[2]
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    queries, keys, head_dim = _check(q, k, v, mask, backend)
+    scale = head_dim ** -0.5 if scale is None else scale
     if causal and (mask is not None or queries != keys) and queries > 1:
         past = causal_mask(queries, keys, q.device)
         mask = past if mask is None else mask & past
