@@ -125,12 +125,12 @@ class Attention(nn.Module):
         h, g, d = self.n_heads, self.n_kv_heads, self.head_dim
         if context is None:
             heads = self.qkv_proj(x).view(x.shape[0], x.shape[1], h + 2 * g, d).transpose(1, 2)
-            qk, v = heads[:, :h + g], heads[:, h + g:]
+            qk, v = heads.split((h + g, g), dim=1)
             if self.q_norm is not None and self.k_norm is not None:
                 qk = torch.cat((self.q_norm(qk[:, :h]), self.k_norm(qk[:, h:])), dim=1)
             if self.positions is not None:
                 qk = self.positions(qk, position_ids)
-            return qk[:, :h], qk[:, h:], v
+            return *qk.split((h, g), dim=1), v
         q = _part(self.qkv_proj, x, 0, h * d).unflatten(-1, (h, d)).transpose(1, 2)
         k, v = _part(self.qkv_proj, context, h * d, (h + 2 * g) * d).unflatten(-1, (2 * g, d)).transpose(1, 2).chunk(2, dim=1)
         if self.q_norm is not None and self.k_norm is not None:

@@ -73,6 +73,7 @@ class RotaryEmbedding(nn.Module):
         self.head_dim, self.theta, self.layout = head_dim, theta, layout
         self._omega = frequencies(head_dim, theta)
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._last: tuple[object, Tensor, Tensor] | None = None
 
     def tables(
         self,
@@ -96,9 +97,11 @@ class RotaryEmbedding(nn.Module):
     ) -> Tensor: # same shape
         "Turn each pair by its angle."
         if isinstance(positions, int):
-            end = positions + x.shape[2]
-            cos, sin = self.tables(end, x.device, x.dtype)
-            cos, sin = cos[positions:end], sin[positions:end]
+            asked = (positions, x.shape[2], x.dtype, x.device)
+            if self._last is None or self._last[0] != asked: # the layers of a model ask the same, one after the other
+                cos, sin = self.tables(positions + x.shape[2], x.device, x.dtype)
+                self._last = asked, cos.narrow(0, *asked[:2]), sin.narrow(0, *asked[:2])
+            _, cos, sin = self._last
         else:
             cos, sin = cos_and_sin(positions, self._omega.to(x.device), self.layout)
             cos, sin = cos.to(x.dtype), sin.to(x.dtype)

@@ -283,6 +283,12 @@ class RunReport(Part):
     notes: tuple[str, ...] = () # what the run itself wants to be said of it
 
     @property
+    def bits_per_byte(self) -> float | None: # of held-out text: the final score, or else the last one of pretraining
+        if self.compression and self.compression.model: return self.compression.model
+        last = self.pretraining.heldout_bits_per_byte[-1:] if self.pretraining else ()
+        return last[0] if last and math.isfinite(last[0]) else None
+
+    @property
     def seconds(self) -> float | None: # all stages together; None if none was timed
         timed = [s.seconds for s in self.stages if s.seconds is not None]
         return sum(timed) if timed else None
@@ -575,53 +581,69 @@ def predictors(
     return [(name, v, ours) for name, v, ours in rows if v is not None]
 
 # %% ../../nbs/92_insight.report.ipynb #14412730
+def _bar(
+    name: str, # of the predictor
+    value: str, # what it needs
+    more: str, # compared with the model; "" for the model itself
+    x: tuple[float, float], # where the bar starts and ends, pixels
+    top: float, # pixels
+    wide: bool, # the name stands left of the bar, not above it
+) -> tuple[Markup, list[Markup]]: # the bar; its texts, to be drawn over everything
+    "A bar in the model's colour, or in grey for a rival."
+    paint = {"fill": "currentColor", "fill_opacity": .2} if more else {"fill": ACCENT}
+    weight = 400 if more else 650
+    place = (x[0] - 10, top + 16, "end") if wide else (0, top - 6, "start")
+    texts = [_text(place[0], place[1], name, text_anchor=place[2], font_weight=weight), _text(x[1] + 8, top + 16, value, font_weight=weight),
+             _text(x[1] + 50, top + 16, more, opacity=.65)]
+    return _tag("rect", x=x[0], y=top, width=f"{x[1] - x[0]:.1f}", height=22, rx=3, **paint), texts
+
+# %% ../../nbs/92_insight.report.ipynb #e278e772
 def compression_figure(
     c: Compression, # bits per byte of everyone
     width: int = 760, # pixels the drawing is made for
 ) -> str: # SVG
     "One bar per predictor; the dashed line is where the model stands."
-    rows = predictors(c)
-    wide = width > 500
+    rows, wide = predictors(c), width > 500
     left, pitch, right = (196, 36, width - 108) if wide else (0, 48, width - 100)
-    longest = max((v for _, v, _ in rows), default=1.0)
-    body = []
+    at = lambda v: left + v / max(v for _, v, _ in rows) * (right - left)
+    bars, texts = [], []
     for i, (name, v, ours) in enumerate(rows):
-        top = 8 + i * pitch + (0 if wide else 18)
-        end = left + v / longest * (right - left)
-        paint = {"fill": ACCENT} if ours else {"fill": "currentColor", "fill_opacity": .2}
-        body.append(_tag("rect", x=left, y=top, width=f"{end - left:.1f}", height=22, rx=3, **paint))
-        body.append(_text(left - 10 if wide else 0, top + (16 if wide else -6), name, text_anchor="end" if wide else "start", font_weight=650 if ours else 400))
-        body.append(_text(end + 8, top + 16, f"{v:.3f}", font_weight=650 if ours else 400))
-        if c.model and not ours: body.append(_text(end + 50, top + 16, f"{v / c.model - 1:+.1%}".replace("-", "−"), opacity=.65))
+        more = "" if ours else f"{v / c.model - 1:+.1%}".replace("-", "−") if c.model else " "
+        bar, words = _bar(name, f"{v:.3f}", more, (left, at(v)), 8 + i * pitch + (0 if wide else 18), wide)
+        bars, texts = [*bars, bar], [*texts, *words]
     height = 10 + len(rows) * pitch
-    if c.model: body.append(_line(left + c.model / longest * (right - left), 2, left + c.model / longest * (right - left), height, stroke=ACCENT, stroke_opacity=1, stroke_dasharray="3 3"))
-    return _svg(width, height, "Bits per byte: " + ", ".join(f"{name} {v:.3f}" for name, v, _ in rows) + ".", *body, class_="bars")
+    line = [_line(at(c.model), 2, at(c.model), height, stroke=ACCENT, stroke_opacity=1, stroke_dasharray="3 3")] if c.model else []
+    return _svg(width, height, "Bits per byte: " + ", ".join(f"{name} {v:.3f}" for name, v, _ in rows) + ".", *bars, *line, *texts)
 
-# %% ../../nbs/92_insight.report.ipynb #e278e772
+# %% ../../nbs/92_insight.report.ipynb #738dad22
+def _scores(
+    exam: Exam, # questions and answers
+) -> list[tuple[str, Score]]: # one row each
+    "By kind, all together, and all together at the model's other ages."
+    rows = [*((kind, exam.score(kind)) for kind in exam.kinds), ("all", exam.score())]
+    ages = [("all, before fine-tuning", exam.score_of("pretrained_answer")), ("all, in int8", exam.score_of("int8_answer"))]
+    return rows + [(age, s) for age, s in ages if s is not None]
+
+# %% ../../nbs/92_insight.report.ipynb #5de842e2
 def exam_figure(
     exam: Exam, # questions and answers
     width: int = 760, # pixels the drawing is made for
 ) -> str: # SVG
     "Share of right answers by kind: the dot is what was counted, the bar where the truth may lie."
-    rows = [(kind, exam.score(kind)) for kind in exam.kinds] + [("all", exam.score())]
-    others = [("before fine-tuning", exam.score_of("pretrained_answer")), ("in int8", exam.score_of("int8_answer"))]
-    rows += [(f"all, {age}", s) for age, s in others if s is not None]
-    wide = width > 500
+    rows, wide = _scores(exam), width > 500
     left, pitch, right = (196, 32, width - 76) if wide else (8, 48, width - 70)
     x = lambda share: left + share * (right - left)
     height = 30 + len(rows) * pitch
     body = [_line(x(t), 6, x(t), height - 24) for t in (0, .25, .5, .75, 1)]
     body += [_text(x(t), height - 6, f"{t:.0%}", text_anchor="middle", opacity=.7) for t in (0, .25, .5, .75, 1)]
-    for i, (kind, s) in enumerate(rows):
-        y = 18 + i * pitch + (0 if wide else 14)
-        low, high = s.interval
-        weight = 650 if kind == "all" else 400
-        body.append(_text(left - 10 if wide else 0, y + (4 if wide else -14), kind, text_anchor="end" if wide else "start", font_weight=weight))
-        body.append(_line(x(low), y, x(high), y, stroke=ACCENT, stroke_opacity=.35, stroke_width=9, stroke_linecap="round"))
-        body.append(_tag("circle", cx=f"{x(s.share):.1f}", cy=y, r=5, fill=ACCENT))
-        body.append(_text(right + 14, y + 4, f"{s.hits}/{s.n}", font_weight=weight))
     if (g := exam.guessed): body.append(_line(x(g.share), 2, x(g.share), height - 24, stroke=WARM, stroke_opacity=1, stroke_dasharray="3 3"))
-    return _svg(width, height, "Right answers: " + ", ".join(f"{k} {s.hits} of {s.n}" for k, s in rows) + ".", *body, class_="exam")
+    for i, (kind, s) in enumerate(rows):
+        y, bold = 18 + i * pitch + (0 if wide else 14), {"font_weight": 650 if kind == "all" else 400}
+        body.append(_text(left - 10 if wide else 0, y + (4 if wide else -14), kind, text_anchor="end" if wide else "start", **bold))
+        body.append(_line(x(s.interval[0]), y, x(s.interval[1]), y, stroke=ACCENT, stroke_opacity=.35, stroke_width=9, stroke_linecap="round"))
+        body.append(_tag("circle", cx=f"{x(s.share):.1f}", cy=y, r=5, fill=ACCENT))
+        body.append(_text(right + 14, y + 4, f"{s.hits}/{s.n}", **bold))
+    return _svg(width, height, "Right answers: " + ", ".join(f"{k} {s.hits} of {s.n}" for k, s in rows) + ".", *body)
 
 # %% ../../nbs/92_insight.report.ipynb #9598f20f
 def visible(
