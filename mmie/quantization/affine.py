@@ -180,8 +180,8 @@ def number_line(
     scale = float(params.scale)
     places = torch.arange(params.int_range[0], params.int_range[1] + 1).sub(int(params.zero_point)).mul(scale)
     line = torch.linspace(min(low, float(x.min())) - scale, max(high, float(x.max())) + scale, 2001)
-    fig, axes = figure(nrows=2, height=3.4)
-    top, bottom = axes
+    fig, _ = figure(nrows=2, height=3.4)
+    top, bottom = fig.axes
     top.vlines(places, 0, 1, color=PALETTE[4], linewidth=0.8, label="grid")
     top.plot(x, torch.full_like(x, 0.8), "o", color=PALETTE[0], label="value", linestyle="none")
     top.plot(fake_quantize(x, params), torch.full_like(x, 0.2), "s", color=PALETTE[1], label="where it goes", linestyle="none")

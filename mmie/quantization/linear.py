@@ -219,10 +219,18 @@ class Int8Linear(_Int8Rows):
         backend: str = "auto", # as for `int8_linear`
     ) -> "Int8Linear":
         "Quantize a linear layer. Raises `InputError` for NaN or infinite weights."
-        return cls._of(*quantize_rows(linear.weight.detach()), linear.bias, backend)
+        return cls.of(*quantize_rows(linear.weight.detach()), linear.bias, backend=backend)
 
     @classmethod
-    def _of(cls, weight: Tensor, scale: Tensor, bias: Tensor | None, backend: str) -> "Int8Linear":
+    def of(
+        cls,
+        weight: Tensor, # (out_features, in_features) int8, not copied
+        scale: Tensor, # (out_features,), not copied
+        bias: Tensor | None = None, # (out_features,), copied
+        *,
+        backend: str = "auto", # as for `int8_linear`
+    ) -> "Int8Linear":
+        "A layer around rows that are quantized already."
         with torch.device("meta"):
             layer = cls(weight.shape[1], weight.shape[0], bias is not None, backend=backend)
         layer._hold(weight, scale)
@@ -280,7 +288,7 @@ class Int8Embedding(_Int8Rows):
         backend: str = "auto", # as for `int8_linear`
     ) -> Int8Linear: # shares this table: no bytes of its own but the bias
         "The output layer that is tied to this table."
-        layer = Int8Linear._of(self.weight, self.scale, bias, backend)
+        layer = Int8Linear.of(self.weight, self.scale, bias, backend=backend)
         layer.weight, layer.scale = self.weight, self.scale
         return layer
 
