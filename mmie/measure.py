@@ -7,6 +7,8 @@ __all__ = ['Tensors', 'format_bytes', 'format_seconds', 'text_table', 'html_tabl
            'tensor_bytes', 'PeakMemory', 'peak_memory']
 
 # %% ../nbs/02_measure.ipynb #207d0a1d
+import contextlib
+import ctypes
 import gc
 import html
 import statistics
@@ -254,6 +256,8 @@ def peak_memory(
     "How far memory rises while a call runs."
     where = resolve_device(device)
     gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError): # hand freed memory back, where the C library can (glibc)
+        ctypes.CDLL(None).malloc_trim(0)
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
         start = torch.cuda.memory_allocated(where)

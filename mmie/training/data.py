@@ -138,7 +138,8 @@ def _read_parts(
         ends = np.fromfile(folder / "documents.bin", dtype="<i8").reshape(2, -1)
         expected = about["n_tokens"], about["n_documents"]
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"no finished token file: {getattr(error, 'strerror', None) or error}", where=str(folder), fix="write it again") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"no finished token file: {reason}", where=str(folder), fix="write it again") from error
     if (len(tokens), ends.shape[1]) != expected:
         found = f"{len(tokens)} tokens of {ends.shape[1]} documents"
         raise InputError(f"{found} found, {expected[0]} of {expected[1]} expected", where=str(folder), fix="write it again")
@@ -257,7 +258,7 @@ class EpochWindows:
             starts.append(self._starts[self.position : self.position + missing])
             self.position += len(starts[-1])
         rows = _gather(self.tokens.tokens, np.concatenate(starts)[:, None] + self._span)
-        return Batch(rows[:, :-1], rows[:, 1:])
+        return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
 
     def state_dict(self) -> dict[str, int]: # two counters, and what they are valid for
         "Where we are."
