@@ -58,6 +58,32 @@ def cos_and_sin(
     return cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
 
 # %% ../../nbs/21_attention.positions.ipynb #572ca586
+class _Tables:
+    "Cosines and signed sines of positions 0, 1, 2, … as far as they have been needed."
+    def __init__(self, omega: Tensor, layout: Layout) -> None:
+        self.omega, self.layout = omega, layout
+        self.kept: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+        self.last: tuple[object, Tensor, Tensor] = None, omega, omega
+
+    def stretch(self, start: int, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        "Both tables from `start` on, each (length, head_dim)."
+        asked, last = (start, length, dtype, device), self.last
+        if last[0] == asked:
+            return last[1:]
+        found = self.kept.get((dtype, device))
+        if found is None or found[0].shape[0] < start + length:
+            found = self.kept[dtype, device] = self.make(start + length, dtype, device)
+        self.last = asked, found[0].narrow(0, start, length), found[1].narrow(0, start, length)
+        return self.last[1:]
+
+    def make(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        "Tables of the next power of two, rounded to `dtype` last of all."
+        with torch.inference_mode(False): # made while generating, they must still serve for training
+            positions = torch.arange(max(256, 1 << (length - 1).bit_length()), device=device)
+            cos, sin = cos_and_sin(positions, self.omega.to(device), self.layout)
+            return cos.to(dtype), sin.to(dtype)
+
+# %% ../../nbs/21_attention.positions.ipynb #63dba231
 class RotaryEmbedding(nn.Module):
     "Rotate queries and keys by their position (Su et al., 2021, <https://arxiv.org/abs/2104.09864>); nothing is learned."
     def __init__(
@@ -69,26 +95,9 @@ class RotaryEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         if layout not in ("half", "interleaved"):
-            raise InputError(f"there is no layout {layout!r}", where="layout", fix="use 'half' or 'interleaved'")
+            raise InputError(f"there is no layout {layout!r}", fix="use 'half' or 'interleaved'")
         self.head_dim, self.theta, self.layout = head_dim, theta, layout
-        self._omega = frequencies(head_dim, theta)
-        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
-        self._last: tuple[object, Tensor, Tensor] | None = None
-
-    def tables(
-        self,
-        length: int, # positions 0 … length - 1 are needed
-        device: torch.device, # where
-        dtype: torch.dtype, # rounded to this, after the angles were taken in float32
-    ) -> tuple[Tensor, Tensor]: # cosines and signed sines, each (at least length, head_dim)
-        "The kept tables, grown to the next power of two when they're too short."
-        found = self._tables.get((device, dtype))
-        if found is None or found[0].shape[0] < length:
-            with torch.inference_mode(False): # made while generating, they must still serve for training
-                positions = torch.arange(max(256, 1 << (length - 1).bit_length()), device=device)
-                cos, sin = cos_and_sin(positions, self._omega.to(device), self.layout)
-                found = self._tables[device, dtype] = cos.to(dtype), sin.to(dtype)
-        return found
+        self._tables = _Tables(frequencies(head_dim, theta), layout)
 
     def forward(
         self,
@@ -97,16 +106,11 @@ class RotaryEmbedding(nn.Module):
     ) -> Tensor: # same shape
         "Turn each pair by its angle."
         if isinstance(positions, int):
-            asked = (positions, x.shape[2], x.dtype, x.device)
-            if self._last is None or self._last[0] != asked: # the layers of a model ask the same, one after the other
-                cos, sin = self.tables(positions + x.shape[2], x.device, x.dtype)
-                self._last = asked, cos.narrow(0, *asked[:2]), sin.narrow(0, *asked[:2])
-            _, cos, sin = self._last
+            cos, sin = self._tables.stretch(positions, x.shape[2], x.dtype, x.device)
         else:
-            cos, sin = cos_and_sin(positions, self._omega.to(x.device), self.layout)
+            angles = positions if positions.dim() == 1 else positions[:, None] # the same for all heads
+            cos, sin = cos_and_sin(angles, self._tables.omega.to(x.device), self.layout)
             cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-            if positions.dim() == 2:
-                cos, sin = cos[:, None], sin[:, None]
         return torch.addcmul(x * cos, exchange_partners(x, self.layout), sin)
 
     def extra_repr(self) -> str:

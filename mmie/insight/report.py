@@ -365,13 +365,16 @@ def caveats(
     out = []
     if (c := report.corpus):
         origin = f" from {', '.join(c.sources)}" if c.sources else ""
-        out.append(f"All it has ever read is {format_bytes(c.train_bytes)} of text{origin}. It knows nothing else, and it will make things up.")
+        size = format_bytes(c.train_bytes)
+        out.append(f"All it has ever read is {size} of text{origin}. It knows nothing else, and it will make things up.")
     if (m := report.model):
         out.append(f"It sees at most {m.context:,} token{'s' * (m.context != 1)} at a time; what stood before does not exist for it.")
     if report.exam and (wrong := [q for q in report.exam.questions if not q.correct]):
-        out.append(f"{len(wrong)} of its {len(report.exam.questions)} examination answers are wrong, and nothing in an answer tells you which.")
+        n = len(report.exam.questions)
+        out.append(f"{len(wrong)} of its {n} examination answers are wrong, and nothing in an answer tells you which.")
     if report.reproduction:
-        out.append(f"This is one run with one seed ({report.reproduction.seed}). Another seed gives other numbers, and one run can't say how different.")
+        seed = report.reproduction.seed
+        out.append(f"This is one run with one seed ({seed}). Another seed gives other numbers, and one run can't say how different.")
     return [*out, *report.notes]
 
 # %% ../../nbs/92_insight.report.ipynb #2529ceae
@@ -431,7 +434,7 @@ def _svg(
 ) -> str:
     "A drawing with a description."
     return str(_tag("svg", *children, xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {width:g} {height:g}", role="img",
-                    aria_label=visible(says), font_family="inherit", font_size=12, **attributes))
+                    aria_label=visible(says), font_family="system-ui, sans-serif", font_size=12, **attributes))
 
 # %% ../../nbs/92_insight.report.ipynb #01f25c6c
 def _ticks(
@@ -513,7 +516,8 @@ def _references(
     "The lines that a learning curve should cross."
     if c is None: return []
     grams = [v for v in (c.ngram_bytes, c.ngram_tokens) if v is not None]
-    rows = [("guessing", c.uniform), ("lzma", c.lzma), ("lzma, trained", c.lzma_given_train), (f"{c.ngram_order}-gram", min(grams, default=None))]
+    rows = [("guessing", c.uniform), ("lzma", c.lzma), ("lzma, trained", c.lzma_given_train)]
+    rows.append((f"{c.ngram_order}-gram", min(grams, default=None)))
     return sorted(((name, v) for name, v in rows if v is not None), key=lambda row: -row[1])
 
 
@@ -529,8 +533,10 @@ def _strokes(
         out.append(frame.path(rim, fill=_ACCENT, fill_opacity=.16))
         out.append(frame.path([(x, y) for x, y, _, _ in train], stroke=_ACCENT, stroke_width=1.4))
     if held: out.append(frame.path(held, stroke=_WARM, stroke_width=1.8))
-    dots = [_tag("circle", _tag("title", f"step {x:,.0f}: {y:.3f}"), cx=f"{frame.x(x):.1f}", cy=f"{frame.y(y):.1f}", r=3.6, fill=_WARM) for x, y in held]
-    return [*out, *dots]
+    for x, y in held:
+        value = _tag("title", f"step {x:,.0f}: {y:.3f}")
+        out.append(_tag("circle", value, cx=f"{frame.x(x):.1f}", cy=f"{frame.y(y):.1f}", r=3.6, fill=_WARM))
+    return out
 
 
 def _names(
@@ -542,7 +548,20 @@ def _names(
     return [_text(frame.right + 8, h, name, fill=color, font_weight=400 if color == "currentColor" else 650)
             for (name, _, color), h in zip(marks, heights, strict=True)]
 
-# %% ../../nbs/92_insight.report.ipynb #14412730
+# %% ../../nbs/92_insight.report.ipynb #55d53f2d
+_Thinned = list[tuple[float, float, float, float]]
+
+
+def _series(
+    curve: Curve, # losses as they were noted
+) -> tuple[str, _Thinned, list[tuple[float, float]]]: # unit; step, mean, smallest, largest; step, held-out score
+    "What there is to draw; values that are not finite are left out."
+    scale = 1 / (math.log(2) * curve.bytes_per_token) if curve.bytes_per_token else 1.0
+    train = [(x, y * scale, lo * scale, hi * scale) for x, y, lo, hi in _thin(curve.steps, curve.losses)]
+    held = [(float(step), v) for step, v in curve.heldout() if math.isfinite(v)]
+    return "bits per byte" if curve.bytes_per_token else "nats per token", train, held
+
+# %% ../../nbs/92_insight.report.ipynb #b546c837
 def curve_figure(
     curve: Curve, # losses as they were noted
     compression: Compression | None = None, # rivals, drawn as dotted lines
@@ -550,9 +569,7 @@ def curve_figure(
     height: int = 336, # the same, downwards
 ) -> str: # SVG; its points also as JSON in `data-points`, for a script to show values
     "The training loss (thin, its range shaded) and the held-out score (dots), on one axis."
-    scale = 1 / (math.log(2) * curve.bytes_per_token) if curve.bytes_per_token else 1.0
-    train = [(x, y * scale, lo * scale, hi * scale) for x, y, lo, hi in _thin(curve.steps, curve.losses)]
-    held = [(float(s), v) for s, v in curve.heldout() if math.isfinite(v)]
+    unit, train, held = _series(curve)
     lines = _references(compression) if curve.bytes_per_token else []
     ys = [v for _, _, lo, hi in train for v in (lo, hi)] + [v for _, v in held] + [v for _, v in lines] or [0.0, 1.0]
     margin = 0.06 * (max(ys) - min(ys)) or 1.0
@@ -562,11 +579,12 @@ def curve_figure(
     if held: marks.append((f"held-out {held[-1][1]:.2f}", held[-1][1], _WARM))
     elif train: marks.append((f"training {train[-1][1]:.2f}", train[-1][1], _ACCENT))
     rules = [_line(frame.left, frame.y(v), frame.right, frame.y(v), stroke_opacity=.55, stroke_dasharray="2 4") for _, v in lines]
-    body = [*_axes(frame, "bits per byte" if curve.bytes_per_token else "nats per token"), *rules, *_strokes(frame, train, held), *_names(frame, marks)]
-    ends = [f"{name} from {row[0][1]:.2f} to {row[-1][1]:.2f}" for name, row in (("training loss", train), ("held-out text", held)) if row]
-    points = {name: [[round(frame.x(r[0]), 1), round(r[0]), round(r[1], 3)] for r in rows] for name, rows in (("train", train), ("held", held))}
-    return _svg(width, height, "Learning curve: " + (", ".join(ends) or "nothing finite") + ".", *body, class_="curve",
-                data_points=json.dumps({"width": width, "top": frame.top, "bottom": frame.bottom, **points}))
+    both = {"training loss": [row[:2] for row in train], "held-out text": held}
+    says = ", ".join(f"{name} from {rows[0][1]:.2f} to {rows[-1][1]:.2f}" for name, rows in both.items() if rows) or "nothing finite"
+    points = {name: [[round(frame.x(x), 1), round(x), round(y, 3)] for x, y in rows] for name, rows in both.items()}
+    data = json.dumps({"width": width, "top": frame.top, "bottom": frame.bottom, "lines": points})
+    return _svg(width, height, f"Learning curve: {says}.", *_axes(frame, unit), *rules, *_strokes(frame, train, held), *_names(frame, marks),
+                class_="curve", data_points=data)
 
 # %% ../../nbs/92_insight.report.ipynb #6ec0e722
 def _predictors(
@@ -574,9 +592,10 @@ def _predictors(
 ) -> list[tuple[str, float, bool]]: # name, bits per byte, whether it is ours
     "Who took part."
     n = f"{c.ngram_order}-gram"
-    rows = [("lzma", c.lzma, False), ("lzma, given the training text", c.lzma_given_train, False), (f"{n} over bytes", c.ngram_bytes, False),
-            (f"{n} over tokens", c.ngram_tokens, False), ("this model", c.model, True), ("this model in int8", c.int8, True)]
-    return [(name, v, ours) for name, v, ours in rows if v is not None]
+    rivals = [("lzma", c.lzma), ("lzma, given the training text", c.lzma_given_train), (f"{n} over bytes", c.ngram_bytes),
+              (f"{n} over tokens", c.ngram_tokens)]
+    ours = [("this model", c.model), ("this model in int8", c.int8)]
+    return [(name, v, row in ours) for row in rivals + ours for name, v in [row] if v is not None]
 
 
 def _bar(
@@ -590,7 +609,8 @@ def _bar(
     "A bar in the model's color, or in grey for a rival."
     paint = {"fill": "currentColor", "fill_opacity": .2} if more else {"fill": _ACCENT}
     weight = 400 if more else 650
-    label = _text(x[0] - 10, top + 16, name, text_anchor="end", font_weight=weight) if wide else _text(0, top - 6, name, font_weight=weight)
+    at = (x[0] - 10, top + 16, "end") if wide else (0, top - 6, "start")
+    label = _text(at[0], at[1], name, text_anchor=at[2], font_weight=weight)
     texts = [label, _text(x[1] + 8, top + 16, value, font_weight=weight), _text(x[1] + 50, top + 16, more, opacity=.65)]
     return _tag("rect", x=x[0], y=top, width=f"{x[1] - x[0]:.1f}", height=22, rx=3, **paint), texts
 
@@ -638,7 +658,8 @@ def exam_figure(
     for i, (kind, s) in enumerate(rows):
         y, weight = 18 + i * pitch + (0 if wide else 14), 650 if kind == "all" else 400
         low, high = (frame.x(share) for share in s.interval)
-        body.append(_text(left - 10 if wide else 0, y + (4 if wide else -14), kind, text_anchor="end" if wide else "start", font_weight=weight))
+        at = (left - 10, y + 4, "end") if wide else (0, y - 14, "start")
+        body.append(_text(at[0], at[1], kind, text_anchor=at[2], font_weight=weight))
         body.append(_line(low, y, high, y, stroke=_ACCENT, stroke_opacity=.35, stroke_width=9, stroke_linecap="round"))
         body.append(_tag("circle", cx=f"{frame.x(s.rate):.1f}", cy=y, r=5, fill=_ACCENT))
         body.append(_text(right + 14, y + 4, f"{s.correct}/{s.total}", font_weight=weight))
@@ -697,11 +718,13 @@ def render_report(
     def twice(draw: Callable[..., str]) -> Callable[..., dict[int, Markup]]: # one for screens, one for phones
         return lambda *args, **more: {width: Markup(draw(*args, width=width, **more)) for width in (760, 360)}
     env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    env.filters.update(visible=visible, short=lambda n: _words(n, " M", " B"), size=format_bytes, duration=format_seconds, csp_hash=_csp_hash)
+    env.filters.update(visible=visible, size=format_bytes, duration=format_seconds, csp_hash=_csp_hash)
+    env.filters["short"] = lambda n: _words(n, " M", " B")
     template = env.from_string(resources.files("mmie.insight").joinpath("report.html.j2").read_text(encoding="utf-8"))
     return template.render(
         r=report, verdict=verdict(report), caveats=caveats(report), lede=_lede(report), backdrop=_backdrop(report.pretraining),
-        predictors=_predictors(report.compression) if report.compression else [], rival=next(iter(_references(report.compression)[::-1]), None),
+        predictors=_predictors(report.compression) if report.compression else [],
+        rival=next(iter(_references(report.compression)[::-1]), None),
         curve_figure=twice(curve_figure), compression_figure=twice(compression_figure), exam_figure=twice(exam_figure))
 
 # %% ../../nbs/92_insight.report.ipynb #a319d572

@@ -162,54 +162,27 @@ def int8_linear(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 # %% ../../nbs/81_quantization.linear.ipynb #649743a2
-class _Int8Rows(nn.Module):
-    "Rows of int8 and a scale for each: what the int8 layers have in common."
-    weight: nn.Parameter
-    scale: nn.Parameter
-
-    def _hold(
-        self,
-        weight: Tensor, # (rows, columns) int8
-        scale: Tensor, # (rows,)
-    ) -> None:
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.scale = nn.Parameter(scale, requires_grad=False)
-
-    def dequantized(
-        self,
-        dtype: torch.dtype = torch.float32, # of the result
-    ) -> Tensor: # (rows, columns)
-        "The real matrix that this layer stands for."
-        return dequantize_rows(self.weight, self.scale, dtype)
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:  # type: ignore[no-untyped-def]
-        given = state_dict.get(f"{prefix}weight")
-        if given is not None and given.dtype != torch.int8:
-            error_msgs.append(f"{prefix}weight is {given.dtype} but the layer is int8: load before quantizing")
-            return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+def _frozen(
+    values: Tensor, # kept as they are; a parameter stays the same parameter
+) -> nn.Parameter:
+    return values if isinstance(values, nn.Parameter) else nn.Parameter(values, requires_grad=False)
 
 # %% ../../nbs/81_quantization.linear.ipynb #1ca549de
-class Int8Linear(_Int8Rows):
+class Int8Linear(nn.Module):
     "A linear layer with eight bits a weight and one scale for each output. The weights are frozen; gradients reach the input and the bias."
     def __init__(
         self,
-        in_features: int, # size of the input
-        out_features: int, # size of the output
-        bias: bool = True, # add a learned offset
+        weight: Tensor, # (out_features, in_features) int8, not copied
+        scale: Tensor, # (out_features,), not copied
+        bias: Tensor | None = None, # (out_features,), copied
         *,
         backend: str = "auto", # as for `int8_linear`
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.backend = in_features, out_features, backend
-        self._hold(torch.zeros(out_features, in_features, dtype=torch.int8), torch.ones(out_features, dtype=torch.bfloat16))
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-
-    def forward(
-        self,
-        x: Tensor, # (..., in_features)
-    ) -> Tensor: # (..., out_features)
-        return int8_linear(x, self.weight, self.scale, self.bias, backend=self.backend)
+        self.backend = backend
+        self.weight = _frozen(weight)
+        self.scale = _frozen(scale)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
 
     @classmethod
     def from_linear(
@@ -219,52 +192,47 @@ class Int8Linear(_Int8Rows):
         backend: str = "auto", # as for `int8_linear`
     ) -> "Int8Linear":
         "Quantize a linear layer. Raises `InputError` for NaN or infinite weights."
-        return cls.of(*quantize_rows(linear.weight.detach()), linear.bias, backend=backend)
+        return cls(*quantize_rows(linear.weight.detach()), linear.bias, backend=backend)
 
-    @classmethod
-    def of(
-        cls,
-        weight: Tensor, # (out_features, in_features) int8, not copied
-        scale: Tensor, # (out_features,), not copied
-        bias: Tensor | None = None, # (out_features,), copied
-        *,
-        backend: str = "auto", # as for `int8_linear`
-    ) -> "Int8Linear":
-        "A layer around rows that are quantized already."
-        with torch.device("meta"):
-            layer = cls(weight.shape[1], weight.shape[0], bias is not None, backend=backend)
-        layer._hold(weight, scale)
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-        return layer
+    def forward(
+        self,
+        x: Tensor, # (..., in_features)
+    ) -> Tensor: # (..., out_features)
+        return int8_linear(x, self.weight, self.scale, self.bias, backend=self.backend)
+
+    def dequantized(
+        self,
+        dtype: torch.dtype = torch.float32, # of the result
+    ) -> Tensor: # (out_features, in_features)
+        "The real matrix that this layer stands for."
+        return dequantize_rows(self.weight, self.scale, dtype)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:  # type: ignore[no-untyped-def]
+        given = state_dict.get(f"{prefix}weight")
+        if given is not None and given.dtype != torch.int8:
+            errors.append(f"{prefix}weight is {given.dtype} but the layer is int8: load before quantizing")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, backend={self.backend!r}"
+        outputs, inputs = self.weight.shape
+        return f"in_features={inputs}, out_features={outputs}, bias={self.bias is not None}, backend={self.backend!r}"
 
 # %% ../../nbs/81_quantization.linear.ipynb #daf20554
-class Int8Embedding(_Int8Rows):
+class Int8Embedding(nn.Module):
     "An embedding table with eight bits a number and one scale for each row. Frozen."
     like: Tensor # empty: remembers the model's floating-point type through every `.to()`
 
     def __init__(
         self,
-        num_embeddings: int, # rows: tokens in the vocabulary
-        embedding_dim: int, # columns: width of the model
-        padding_idx: int | None = None, # kept for those who ask; its row is whatever it was
-        *,
+        rows: Tensor, # (num_embeddings, embedding_dim) int8, not copied
+        scale: Tensor, # (num_embeddings,), not copied
         dtype: torch.dtype = torch.float32, # of the vectors that come out
     ) -> None:
         super().__init__()
-        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
-        self._hold(torch.zeros(num_embeddings, embedding_dim, dtype=torch.int8), torch.ones(num_embeddings, dtype=torch.bfloat16))
-        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
-
-    def forward(
-        self,
-        ids: Tensor, # (...) whole numbers below num_embeddings
-    ) -> Tensor: # (..., embedding_dim)
-        dtype = self.like.dtype
-        return F.embedding(ids, self.weight).to(dtype) * F.embedding(ids, self.scale.unsqueeze(1)).to(dtype)
+        self.rows = _frozen(rows)
+        self.scale = _frozen(scale)
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device=rows.device), persistent=False)
 
     @classmethod
     def from_embedding(
@@ -274,12 +242,19 @@ class Int8Embedding(_Int8Rows):
         "Quantize a table. Raises `InputError` for NaN, infinity, or `max_norm`, which would change the table as it is read."
         if embedding.max_norm is not None:
             raise InputError("an embedding with max_norm", fix="renormalize the table once and unset it")
-        rows, scale = quantize_rows(embedding.weight.detach())
-        with torch.device("meta"):
-            table = cls(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx)
-        table._hold(rows, scale)
-        table.like = torch.empty(0, dtype=embedding.weight.dtype, device=rows.device)
-        return table
+        return cls(*quantize_rows(embedding.weight.detach()), embedding.weight.dtype)
+
+    def forward(
+        self,
+        ids: Tensor, # (...) whole numbers below num_embeddings
+    ) -> Tensor: # (..., embedding_dim)
+        dtype = self.like.dtype
+        return F.embedding(ids, self.rows).to(dtype) * F.embedding(ids, self.scale.unsqueeze(1)).to(dtype)
+
+    @property
+    def weight(self) -> Tensor: # (num_embeddings, embedding_dim), made anew each time
+        "The real table that this one stands for."
+        return dequantize_rows(self.rows, self.scale, self.like.dtype)
 
     def head(
         self,
@@ -288,9 +263,7 @@ class Int8Embedding(_Int8Rows):
         backend: str = "auto", # as for `int8_linear`
     ) -> Int8Linear: # shares this table: no bytes of its own but the bias
         "The output layer that is tied to this table."
-        layer = Int8Linear.of(self.weight, self.scale, bias, backend=backend)
-        layer.weight, layer.scale = self.weight, self.scale
-        return layer
+        return Int8Linear(self.rows, self.scale, bias, backend=backend)
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}"
+        return "{}, {}".format(*self.rows.shape)

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..attention.multihead import Attention
 from ..core import InputError, Settings, default_dtype
 
 # %% ../../nbs/41_training.optim.ipynb #2df99b00
@@ -82,8 +83,8 @@ class Muon(torch.optim.Optimizer):
         steps: int = 5, # of the Newton–Schulz iteration
         dtype: torch.dtype | None = None, # of the iteration; None: what the hardware multiplies fastest
     ) -> None:
-        settings = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, scale=scale, steps=steps, dtype=dtype)
-        super().__init__(params, settings | {"row_blocks": None})
+        shared = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "scale": scale, "steps": steps}
+        super().__init__(params, shared | {"dtype": dtype, "row_blocks": None})
         for p in (p for group in self.param_groups for p in group["params"]):
             if p.ndim != 2:
                 raise InputError(f"Muon steps matrices, and this parameter has the shape {tuple(p.shape)}", fix="give it to AdamW")
@@ -164,26 +165,38 @@ def _shape(
 class OptimConfig(Settings):
     "How to step: which optimizer, how far, and how that changes during the run."
 
-    optimizer: Literal["adamw", "muon"] = "adamw" # "muon": matrices inside the model by Muon, everything else by AdamW
-    lr: float = Field(1e-3, gt=0) # peak learning rate
-    muon_lr: float | None = Field(None, gt=0) # peak for Muon's matrices (None: `lr`; the scales are matched)
-    weight_decay: float = Field(0.1, ge=0) # on matrices only, decoupled
-    betas: tuple[float, float] = (0.9, 0.95) # AdamW's two averages
-    eps: float = Field(1e-8, gt=0) # AdamW's guard against division by zero
-    momentum: float = Field(0.95, ge=0, lt=1) # Muon's average
-    schedule: ScheduleKind = "cosine" # shape after the warm-up
-    warmup: float = Field(0.05, ge=0) # below 1 a share of the run, from 1 on a number of steps
-    final_lr: float = Field(0.0, ge=0, le=1) # last learning rate as a share of the peak
-    decay: float = Field(0.2, gt=0, le=1) # wsd: share of the run spent coming down
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    "adamw, or muon: the matrices inside the model by Muon, everything else by AdamW."
+    lr: float = Field(1e-3, gt=0)
+    "Peak learning rate."
+    muon_lr: float | None = Field(None, gt=0)
+    "Peak for Muon's matrices (default: lr; the scales are matched)."
+    weight_decay: float = Field(0.1, ge=0)
+    "On matrices only, decoupled from the gradient."
+    betas: tuple[float, float] = (0.9, 0.95)
+    "Memory of AdamW's two averages."
+    eps: float = Field(1e-8, gt=0)
+    "AdamW's guard against division by zero."
+    momentum: float = Field(0.95, ge=0, lt=1)
+    "Memory of Muon's average."
+    schedule: ScheduleKind = "cosine"
+    "Shape of the learning rate after the warm-up."
+    warmup: float = Field(0.05, ge=0)
+    "Warm-up: below 1 a share of the run, from 1 on a number of steps."
+    final_lr: float = Field(0.0, ge=0, le=1)
+    "Last learning rate as a share of the peak."
+    decay: float = Field(0.2, gt=0, le=1)
+    "Only for wsd: share of the run spent coming down."
 
     def make_schedule(
         self,
         steps: int, # length of the run in optimizer steps
     ) -> Schedule: # ready to be called with a step
-        "The schedule of a run of this length."
+        "The schedule of a run of this length. Raises InputError when the warm-up is longer than the run."
         warmup = int(self.warmup) if self.warmup >= 1 else round(self.warmup * steps)
         if warmup > steps:
-            raise InputError(f"a warm-up of {warmup} steps does not fit into a run of {steps}", where="warmup", fix="use a share, such as 0.05")
+            what = f"a warm-up of {warmup} steps does not fit into a run of {steps}"
+            raise InputError(what, where="warmup", fix="use a share, such as 0.05")
         return Schedule(steps, warmup, self.schedule, self.final_lr, self.decay)
 
 # %% ../../nbs/41_training.optim.ipynb #3106e6f0
@@ -199,16 +212,18 @@ def inner_matrices(
     named = ((name, p) for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2)
     return {name: p for name, p in named if id(p) not in tables | heads}
 
-# %% ../../nbs/41_training.optim.ipynb #b0efb64b
+# %% ../../nbs/41_training.optim.ipynb #74a6a888
 def row_blocks(
     model: nn.Module, # any model
-    name: str, # of a parameter, such as "blocks.0.attention.qkv.weight"
-) -> tuple[int, ...] | None: # heights of the matrices stacked in it; None: it is one matrix
-    "What the module that owns the parameter says in its attribute `row_blocks`, if it stacks several matrices in one."
-    blocks = getattr(model.get_submodule(name.rpartition(".")[0]), "row_blocks", None)
-    if blocks is not None and sum(blocks) != model.get_parameter(name).shape[0]:
-        raise InputError(f"row_blocks {tuple(blocks)} do not add up to {model.get_parameter(name).shape[0]} rows", where=name)
-    return tuple(blocks) if blocks is not None else None
+    name: str, # of one of its matrices, such as "blocks.0.attention.qkv_proj.weight"
+) -> tuple[int, ...] | None: # heights of the matrices stacked in it; None: it is a single one
+    "Where to cut the fused projection of an `Attention`: queries, keys, values."
+    owner, _, leaf = name.removesuffix(".weight").rpartition(".")
+    module = model.get_submodule(owner)
+    if not isinstance(module, Attention) or leaf != "qkv_proj":
+        return None
+    queries, keys = module.n_heads * module.head_dim, module.n_kv_heads * module.head_dim
+    return queries, keys, keys
 
 # %% ../../nbs/41_training.optim.ipynb #62c93f07
 class NamedOptimizer:
@@ -220,7 +235,7 @@ class NamedOptimizer:
         parts: dict[str, torch.optim.Optimizer], # such as {"adamw": …, "muon": …}
     ) -> None:
         self.parts = parts
-        self._names = {p: name for name, p in model.named_parameters()}
+        self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self._peaks = [group["lr"] for group in self._groups()]
 
     def _groups(self) -> Iterator[dict]:
@@ -254,14 +269,15 @@ class NamedOptimizer:
     ) -> None:
         "Take the state back (copied); InputError when it belongs to another model or optimizer."
         if state.keys() != self.parts.keys():
-            raise InputError(f"the saved optimizer is {sorted(state)}, this one is {sorted(self.parts)}", fix="use the settings of the saved run")
+            what = f"the saved optimizer is {sorted(state)}, this one is {sorted(self.parts)}"
+            raise InputError(what, fix="use the settings of the saved run")
         for key, part in self.parts.items():
             _load_part(part, self._names, state[key])
 
 # %% ../../nbs/41_training.optim.ipynb #b877ec03
 def _load_part(
     part: torch.optim.Optimizer, # to fill
-    names: dict[nn.Parameter, str], # of its parameters
+    names: dict[Tensor, str], # of its parameters
     saved: dict[str, dict[str, Tensor]], # parameter name → buffer
 ) -> None:
     "Translate names to torch's numbers, after checking that they fit."
@@ -269,7 +285,7 @@ def _load_part(
     known = {names[p]: p for p in params}
     for name, buffers in saved.items():
         if name not in known or any(b.ndim and b.shape != known[name].shape for b in buffers.values()):
-            raise InputError("the saved optimizer state does not fit this model", where=name, fix="build the model with the settings it was saved with")
+            raise InputError("the saved optimizer state does not fit this model", where=name, fix="build the model as it was then")
     numbered = {i: {k: b.clone() for k, b in saved[names[p]].items()} for i, p in enumerate(params) if names[p] in saved}
     part.load_state_dict({"state": numbered, "param_groups": part.state_dict()["param_groups"]})
 
