@@ -115,8 +115,9 @@ def _write_values(
     colors = np.asarray(image.cmap(image.norm(grid))) # (rows, columns, 4)
     for (row, column), value in np.ndenumerate(grid):
         if np.isfinite(value):
-            square = to_hex(colors[row, column])
-            ink = max(INK, PAPER, key=lambda color: contrast(color, square)) # noqa: B023
+            red, green, blue, _ = colors[row, column]
+            square = to_hex((red, green, blue))
+            ink = INK if contrast(INK, square) > contrast(PAPER, square) else PAPER
             ax.text(column, row, format(value, form), ha="center", va="center", color=ink, fontsize=8)
 
 def _name_ticks(
