@@ -583,8 +583,8 @@ def curve_figure(
     says = ", ".join(f"{name} from {rows[0][1]:.2f} to {rows[-1][1]:.2f}" for name, rows in both.items() if rows) or "nothing finite"
     points = {name: [[round(frame.x(x), 1), round(x), round(y, 3)] for x, y in rows] for name, rows in both.items()}
     data = json.dumps({"width": width, "top": frame.top, "bottom": frame.bottom, "lines": points})
-    return _svg(width, height, f"Learning curve: {says}.", *_axes(frame, unit), *rules, *_strokes(frame, train, held), *_names(frame, marks),
-                class_="curve", data_points=data)
+    body = [*_axes(frame, unit), *rules, *_strokes(frame, train, held), *_names(frame, marks)]
+    return _svg(width, height, f"Learning curve: {says}.", *body, class_="curve", data_points=data)
 
 # %% ../../nbs/92_insight.report.ipynb #6ec0e722
 def _predictors(

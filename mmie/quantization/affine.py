@@ -35,9 +35,9 @@ def int_range(
 # %% ../../nbs/80_quantization.affine.ipynb #2609b541
 @dataclass(frozen=True, slots=True)
 class Granularity:
-    "Which values share a scale: all (the default), a slice along one axis, or a run of neighbours in the last dimension."
+    "Which values share a scale: all (the default), a slice along one axis, or a run of neighbors in the last dimension."
     axis: int | None = None # one scale per index along this axis, "per channel"
-    group: int | None = None # one scale per this many neighbours, "per group"
+    group: int | None = None # one scale per this many neighbors, "per group"
 
     def __post_init__(self) -> None:
         if self.axis is not None and self.group is not None:
@@ -106,7 +106,7 @@ def params_from_range(
     high: Tensor, # (blocks, 1): the largest
     *,
     bits: int = 8, # 2 to 8
-    symmetric: bool = True, # centre the grid on zero
+    symmetric: bool = True, # center the grid on zero
     granularity: Granularity = PER_TENSOR, # which values form a block
 ) -> QuantParams:
     "The grid that covers a range and holds 0.0 exactly, one for each block."
@@ -124,7 +124,7 @@ def choose_params(
     x: Tensor, # the values to quantize: any shape, floating point
     *,
     bits: int = 8, # 2 to 8
-    symmetric: bool = True, # centre the grid on zero
+    symmetric: bool = True, # center the grid on zero
     granularity: Granularity = PER_TENSOR, # which values share a scale
     clip: float = 1.0, # cover only this fraction of the range, above 0; values outside are clipped
 ) -> QuantParams:
