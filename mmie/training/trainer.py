@@ -221,7 +221,7 @@ def history_figure(
     "Training loss and held-out bits per byte, against the tokens trained on."
     from mmie.figures import PALETTE, figure
     fig, axes = figure(ncols=2, width=8.5, height=3)
-    left, right = axes # type: ignore[misc]
+    left, right = axes
     tokens, losses = np.array(history.tokens), np.array(history.losses)
     usable, width = np.isfinite(losses), max(1, len(losses) // 50)
     smooth = np.convolve(losses[usable], np.ones(width) / width, "valid")
