@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GPT2_PATTERN', 'GPT4_PATTERN', 'O200K_PATTERN', 'covering', 'splitter', 'count_chunks', 'learn_merges',
-           'BPETokenizer']
+           'BPETokenizer', 'merge_steps', 'merge_figure']
 
 # %% ../../nbs/13_tokenization.bpe.ipynb #7320f6f0
 import functools
@@ -403,3 +403,78 @@ def _merges_for(
         special = f" and {n_special} special tokens" if n_special else ""
         raise InputError(f"vocab_size {vocab_size} is out of range", fix=f"256 bytes{special} need {256 + n_special}, the most is {_LARGEST}")
     return vocab_size - 256 - n_special
+
+# %% ../../nbs/13_tokenization.bpe.ipynb #954b3bd9
+def _to_tiktoken(
+    tokenizer: BPETokenizer, # ours
+    name: str, # shown by tiktoken
+) -> "Encoding":
+    "Ranks are ids."
+    try:
+        import tiktoken
+    except ImportError as error:
+        raise InputError("tiktoken is not installed", fix="pip install tiktoken") from error
+    ranks = {tokenizer.decode_bytes([i]): i for i in range(256 + len(tokenizer.merges))}
+    return tiktoken.Encoding(name, pat_str=covering(tokenizer.pattern), mergeable_ranks=ranks, special_tokens=tokenizer.special_tokens)
+
+def _to_hf(
+    tokenizer: BPETokenizer, # ours
+) -> "PreTrainedTokenizerFast":
+    "The same merges, spelled in GPT-2's letters."
+    try:
+        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+    except ImportError as error:
+        raise InputError("transformers is not installed", fix="pip install transformers") from error
+    letters = _byte_letters()
+    spelled = ["".join(letters[value] for value in tokenizer.decode_bytes([i])) for i in range(256 + len(tokenizer.merges))]
+    vocab = {word: i for i, word in enumerate(spelled)}
+    theirs = Tokenizer(models.BPE(vocab=vocab, merges=[(spelled[first], spelled[second]) for first, second in tokenizer.merges]))
+    cut = pre_tokenizers.Split(Regex(covering(tokenizer.pattern)), behavior="isolated")
+    theirs.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    theirs.decoder = decoders.ByteLevel()
+    theirs.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in tokenizer.special_tokens])
+    if any(theirs.token_to_id(name) != i for name, i in tokenizer.special_tokens.items()):
+        raise InputError("a special token is spelled like an ordinary one, which Hugging Face can't hold", fix="rename it")
+    return PreTrainedTokenizerFast(tokenizer_object=theirs, clean_up_tokenization_spaces=False)
+
+# %% ../../nbs/13_tokenization.bpe.ipynb #5ee007da
+def merge_steps(
+    tokenizer: BPETokenizer, # whose merges
+    text: str, # a short one
+) -> list[list[bytes]]: # the pieces before the first merge, after it, …, at the end
+    "The stages of encoding a text, one merge at a time, earliest first."
+    made = {pair: i for i, pair in enumerate(tokenizer.merges, 256)}
+    chunks = [list(chunk.encode("utf-8")) for chunk in splitter(tokenizer.pattern)(text)]
+    states = []
+    while True:
+        states.append([tokenizer.decode_bytes([i]) for ids in chunks for i in ids])
+        new = min((made.get(pair, _NO_MERGE) for ids in chunks for pair in itertools.pairwise(ids)), default=_NO_MERGE)
+        if new == _NO_MERGE:
+            return states
+        first, second = map(chr, tokenizer.merges[new - 256])
+        joined = ("".join(map(chr, ids)).replace(first + second, chr(new)) for ids in chunks)
+        chunks = [list(map(ord, symbols)) for symbols in joined]
+
+# %% ../../nbs/13_tokenization.bpe.ipynb #bebbdf23
+def merge_figure(
+    tokenizer: BPETokenizer, # whose merges
+    text: str, # about thirty characters at most, to be legible
+) -> "Figure":
+    "Each merge of a text as a row of boxes, new tokens dark."
+    from mmie.figures import INK, PALETTE, figure
+    states = merge_steps(tokenizer, text)
+    fig, ax = figure(height=0.27 * len(states) + 0.6)
+    known: set[tuple[int, int]] = {(at, at + 1) for at in range(len(text.encode("utf-8")))}
+    for row, state in enumerate(states):
+        ends = list(itertools.accumulate(map(len, state)))
+        spans = {(end - len(piece), end): piece for end, piece in zip(ends, state, strict=True)}
+        for (start, end), piece in spans.items():
+            fresh = (start, end) not in known
+            ax.barh(row, end - start - 0.08, left=start + 0.04, height=0.8, color=PALETTE[0] if fresh else "#dfe3ee", edgecolor=PALETTE[0], linewidth=0.6)
+            shown = piece.decode("utf-8", "replace").replace(" ", "␣").replace("\n", "↵")
+            ax.text((start + end) / 2, row, shown, ha="center", va="center", color="white" if fresh else INK, fontsize=8, fontfamily="monospace")
+        known = set(spans)
+    ax.set(ylim=(len(states) - 0.5, -0.5), xlabel="byte of the text", ylabel="merges done", title="From bytes to tokens")
+    ax.grid(False)
+    return fig
