@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Model', 'Int8Module', 'QuantConfig', 'Finding', 'check_compatible', 'quantize', 'is_quantized', 'restore', 'SizePart',
-           'SizeReport', 'size_report', 'unique_tensors', 'Drift', 'prediction_drift', 'save_quantized',
+           'SizeReport', 'size_report', 'unique_tensors', 'size_figure', 'Drift', 'prediction_drift', 'save_quantized',
            'load_quantized']
 
 # %% ../../nbs/82_quantization.post_training.ipynb #b59eec63
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import safetensors.torch
 import torch
@@ -32,6 +32,10 @@ from ..core import InputError, Settings, atomic_write, did_you_mean, inference
 from ..measure import format_bytes, html_table, text_table
 from ..models.decoder import DecoderLM, ModelConfig
 from .linear import Int8Embedding, Int8Linear, dequantize_rows, quantize_rows
+
+# %% ../../nbs/82_quantization.post_training.ipynb #37ca8f73
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/82_quantization.post_training.ipynb #37b882eb
 _log = logging.getLogger(__name__)
@@ -136,7 +140,7 @@ def _layer_faults(
         what = f"{int((~weight.isfinite()).sum())} of its {weight.numel()} weights are NaN or infinite"
         yield Finding(name, what, "the training went wrong before this", fatal=True)
     if module._forward_hooks or module._forward_pre_hooks:
-        yield Finding(name, "it has forward hooks, which a new layer would lose", "remove them, or skip the layer", fatal=True)
+        yield Finding(name, "it has forward hooks, which a new layer would lose", "remove them or skip it", fatal=True)
 
 # %% ../../nbs/82_quantization.post_training.ipynb #58f602f4
 def check_compatible(
@@ -162,7 +166,7 @@ def check_compatible(
 def _as_config(method: str | QuantConfig) -> QuantConfig:
     return method if isinstance(method, QuantConfig) else QuantConfig(method=method)
 
-# %% ../../nbs/82_quantization.post_training.ipynb #583ff11c
+# %% ../../nbs/82_quantization.post_training.ipynb #b2014be8
 def _replacement(
     module: nn.Module, # a linear layer, an embedding, or a Conv1D
     backend: str, # for the layers that multiply
@@ -175,11 +179,8 @@ def _replacement(
         rows, scale = quantize_rows(weight.detach().T if _is_conv1d(module) else weight.detach())
         packed[id(weight)] = nn.Parameter(rows.contiguous(), requires_grad=False), nn.Parameter(scale, requires_grad=False)
     rows, scale = packed[id(weight)]
-    new: nn.Module
-    if isinstance(module, nn.Embedding):
-        new = Int8Embedding(rows, scale, weight.dtype)
-    else:
-        new = Int8Linear(rows, scale, bias, backend=backend)
+    table = isinstance(module, nn.Embedding)
+    new = Int8Embedding(rows, scale, weight.dtype) if table else Int8Linear(rows, scale, bias, backend=backend)
     return new.train(module.training)
 
 # %% ../../nbs/82_quantization.post_training.ipynb #70875a22
@@ -368,6 +369,27 @@ def _write_tensors(
     finally:
         temporary.unlink(missing_ok=True)
     return path.stat().st_size
+
+# %% ../../nbs/82_quantization.post_training.ipynb #de093269
+def size_figure(
+    reports: Mapping[str, SizeReport], # name → report, the largest model first
+) -> "Figure":
+    "Models' memory side by side, by what it is for."
+    from mmie.figures import PALETTE, figure
+    kinds = sorted({part.kind for report in reports.values() for part in report.parts})
+    fig, ax = figure(height=0.9 + 0.55 * len(reports))
+    left = dict.fromkeys(reports, 0.0)
+    for i, kind in enumerate(kinds):
+        widths = [sum(part.bytes for part in report.parts if part.kind == kind) / 1e6 for report in reports.values()]
+        ax.barh(list(reports), widths, left=list(left.values()), color=PALETTE[i % len(PALETTE)], hatch=("", "///", "...", "xx")[i % 4], edgecolor="white", label=kind)
+        left = {name: start + width for (name, start), width in zip(left.items(), widths, strict=True)}
+    for name, report in reports.items():
+        ax.annotate(f" {format_bytes(report.memory)}", (left[name], name), va="center")
+    ax.invert_yaxis()
+    ax.margins(x=0.15)
+    ax.set(xlabel="memory (MB)")
+    ax.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return fig
 
 # %% ../../nbs/82_quantization.post_training.ipynb #c68ba928
 @dataclass(frozen=True, slots=True)

@@ -143,6 +143,13 @@ def _pieces(
     if group:
         yield group
 
+# %% ../../nbs/40_training.data.ipynb #e4f7fbdc
+def _id_dtype(
+    vocab_size: int, # how many ids there are
+) -> np.dtype: # two or four bytes, little-endian
+    "The smallest integers that hold every id."
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
 
 def _write_ids(
     path: Path, # the file to write
@@ -160,13 +167,6 @@ def _write_ids(
         file.flush()
         os.fsync(file.fileno())
     return np.array(sizes, dtype=np.int64).reshape(-1, 2).T
-
-
-def _id_dtype(
-    vocab_size: int, # how many ids there are
-) -> np.dtype: # two or four bytes, little-endian
-    "The smallest integers that hold every id."
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 # %% ../../nbs/40_training.data.ipynb #c36b8b35
 def write_tokens(
@@ -196,6 +196,18 @@ def write_tokens(
     return TokenFile.open(folder)
 
 # %% ../../nbs/40_training.data.ipynb #0fec799b
+def _window_starts(
+    n_tokens: int, # in the file
+    length: int, # tokens a row
+    seed: int, # of the run
+    epoch: int, # 0, 1, 2, …
+) -> NDArray[np.int64]: # (windows,) first positions, in the order of the epoch
+    "Where an epoch's rows begin: a pure function, so that nothing about it needs to be stored."
+    rng = np.random.default_rng([seed, epoch])
+    offset = int(rng.integers(min(length, n_tokens - length)))
+    return offset + length * rng.permutation((n_tokens - 1 - offset) // length)
+
+# %% ../../nbs/40_training.data.ipynb #60438970
 def _gather(
     tokens: NDArray[np.unsignedinteger], # (n_tokens,)
     positions: NDArray[np.int64], # (rows, length)
@@ -203,7 +215,7 @@ def _gather(
     "Read ids at many positions at once."
     return torch.from_numpy(np.asarray(tokens[positions]).astype(np.int64))
 
-
+# %% ../../nbs/40_training.data.ipynb #e970eed3
 class EpochWindows:
     "Training rows from a token file: every epoch a new shuffle of non-overlapping windows, cut at a new offset."
 
@@ -218,25 +230,21 @@ class EpochWindows:
         if tokens.n_tokens < length + 1:
             raise InputError(f"{tokens.n_tokens} tokens are too few for rows of {length}", fix="use more text or shorter rows")
         self.tokens, self.length, self.batch_size, self.seed = tokens, length, batch_size, seed
-        self._span = np.arange(length + 1)
-        self._begin(epoch=0, position=0)
+        self._go_to(epoch=0, position=0)
 
-    def _begin(self, epoch: int, position: int) -> None:
-        rng = np.random.default_rng([self.seed, epoch])
-        offset = int(rng.integers(min(self.length, self.tokens.n_tokens - self.length)))
-        count = (self.tokens.n_tokens - 1 - offset) // self.length
-        self._starts = offset + self.length * rng.permutation(count)
+    def _go_to(self, epoch: int, position: int) -> None:
         self.epoch, self.position = epoch, position
+        self._starts = _window_starts(self.tokens.n_tokens, self.length, self.seed, epoch)
 
     def next_batch(self) -> Batch: # (batch_size, length)
         "The next rows; an epoch's last batch is filled up from the next epoch."
         starts: list[NDArray[np.int64]] = []
         while (missing := self.batch_size - sum(map(len, starts))) > 0:
             if self.position >= len(self._starts):
-                self._begin(self.epoch + 1, 0)
+                self._go_to(self.epoch + 1, 0)
             starts.append(self._starts[self.position : self.position + missing])
             self.position += len(starts[-1])
-        rows = _gather(self.tokens.tokens, np.concatenate(starts)[:, None] + self._span)
+        rows = _gather(self.tokens.tokens, np.concatenate(starts)[:, None] + np.arange(self.length + 1))
         return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
 
     def state_dict(self) -> dict[str, int]: # two counters, and what they are valid for
@@ -253,7 +261,7 @@ class EpochWindows:
             if key not in ("epoch", "position") and state[key] != ours:
                 what = f"the saved run had {key} {state[key]}, this one has {ours}"
                 raise InputError(what, fix="resume with the data it was started with")
-        self._begin(state["epoch"], state["position"])
+        self._go_to(state["epoch"], state["position"])
 
 # %% ../../nbs/40_training.data.ipynb #7f01a303
 def _window_table(
