@@ -70,9 +70,16 @@ def _style() -> Any:
 
 # %% ../nbs/03_figures.ipynb #7d666ad3
 @functools.cache
-def _axes_class() -> "type[Axes]":
-    "Axes whose titles stand on the left in bold, and whose legends have no box."
+def _classes() -> "tuple[type[Figure], type[Axes]]":
+    "Figures that show themselves; axes with titles on the left, in bold, and legends without a box."
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    class BookFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            buffer = io.BytesIO()
+            self.savefig(buffer, format="png")
+            return buffer.getvalue()
 
     class BookAxes(Axes):
         def set_title(self, label: str, *args: Any, **options: Any) -> Any:
@@ -82,7 +89,7 @@ def _axes_class() -> "type[Axes]":
         def legend(self, *args: Any, **options: Any) -> Any:
             return super().legend(*args, **{"frameon": False, "fontsize": 9} | options)
 
-    return BookAxes
+    return BookFigure, BookAxes
 
 # %% ../nbs/03_figures.ipynb #2d9db090
 def figure(
@@ -91,16 +98,18 @@ def figure(
     *,
     width: float | None = None, # inches, of the whole figure; default 6.4, or 4.2 a column up to 9
     height: float | None = None, # inches, of the whole figure; default 2.8 a row
-    **subplots: Any, # for `plt.subplots`: sharex, sharey, width_ratios, …
+    **subplots: Any, # for `Figure.subplots`: sharex, sharey, width_ratios, …
 ) -> "tuple[Figure, Any]": # the figure, and its axes: one, or an array of them
     "An empty figure in the book's style. It shows where it is the value of a cell."
-    import matplotlib.pyplot as plt
+    import matplotlib as mpl
+    figure_class, axes_class = _classes()
     size = (width or (6.4 if ncols == 1 else min(9.0, 4.2 * ncols)), height or 2.8 * nrows)
-    kind = {"axes_class": _axes_class()} if "projection" not in subplots.get("subplot_kw", {}) else {}
-    options = {"layout": "constrained", **subplots, "subplot_kw": kind | subplots.get("subplot_kw", {})}
-    with plt.rc_context(_style()):
-        fig, axes = plt.subplots(nrows, ncols, figsize=size, **options)
-        plt.close(fig)
+    kind = subplots.pop("subplot_kw", {})
+    if "projection" not in kind:
+        kind = {"axes_class": axes_class} | kind
+    with mpl.rc_context(_style()):
+        fig = figure_class(figsize=size, layout="constrained")
+        axes = fig.subplots(nrows, ncols, subplot_kw=kind, **subplots)
     return fig, axes
 
 # %% ../nbs/03_figures.ipynb #9e6d7702
