@@ -125,9 +125,10 @@ def _yaml_loader() -> Any:
     return Loader
 
 # %% ../nbs/00_core.ipynb #309474a9
-@functools.cache
-def _yaml_dumper() -> Any:
-    "PyYAML's safe dumper, quoting every text that YAML 1.1 or 1.2 would take for something else."
+def _to_yaml(
+    data: object, # plain values: mappings, sequences, numbers, text
+) -> str:
+    "YAML in which every text is quoted that YAML 1.1 or 1.2 would take for something else."
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -135,7 +136,7 @@ def _yaml_dumper() -> Any:
 
     for tag, (pattern, first) in _PLAIN_WORDS.items():
         Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), first)
-    return Dumper
+    return str(yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True))
 
 # %% ../nbs/00_core.ipynb #9fa87249
 def _once(
@@ -300,11 +301,8 @@ class Settings(BaseModel):
         layers = [] if path is None else [_Layer(str(path), read_mapping(path))]
         layers += [] if env_prefix is None else [_environment_layer(env_prefix)]
         layers += [_Layer("given in the call", _nested(overrides))]
-        data: dict[str, object] = {}
-        for layer in layers:
-            data = _merged(data, layer.values)
         try:
-            return cls.model_validate(data)
+            return cls.model_validate(functools.reduce(_merged, (layer.values for layer in layers), dict[str, object]()))
         except ValidationError as error:
             raise _explain(cls, error, layers) from error
 
@@ -314,10 +312,8 @@ class Settings(BaseModel):
     ) -> None:
         "Write every setting, so that `read` gives the same settings back."
         data = self.model_dump(mode="json")
-        if Path(path).suffix == ".json":
-            return atomic_write(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-        import yaml
-        atomic_write(path, yaml.dump(data, Dumper=_yaml_dumper(), sort_keys=False, allow_unicode=True))
+        as_json = Path(path).suffix == ".json"
+        atomic_write(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n" if as_json else _to_yaml(data))
 
     def replace(
         self,

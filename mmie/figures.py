@@ -87,7 +87,13 @@ def _classes() -> "tuple[type[Figure], type[Axes]]":
             return super().set_title(label, *args, **defaults | options)
 
         def legend(self, *args: Any, **options: Any) -> Any:
-            return super().legend(*args, **{"frameon": False, "fontsize": 9} | options)
+            return super().legend(*args, **{"frameon": False, "fontsize": 9, "labelcolor": INK} | options)
+
+        def text(self, *args: Any, **options: Any) -> Any:
+            return super().text(*args, **{"color": INK} | options)
+
+        def annotate(self, *args: Any, **options: Any) -> Any:
+            return super().annotate(*args, **{"color": INK} | options)
 
     return BookFigure, BookAxes
 

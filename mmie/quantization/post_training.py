@@ -156,7 +156,8 @@ def check_compatible(
     names = [name for name, _ in model.named_modules()]
     for pattern in config.skip:
         if not fnmatch.filter(names, pattern):
-            findings.append(Finding("", f"skip pattern {pattern!r} matches no module", did_you_mean(pattern, names) or "see named_modules()", fatal=True))
+            hint = did_you_mean(pattern, names) or "see named_modules()"
+            findings.append(Finding("", f"skip pattern {pattern!r} matches no module", hint, fatal=True))
     for name, module in layers.items():
         findings.extend(_layer_faults(name, module))
     if not layers:
@@ -381,7 +382,8 @@ def size_figure(
     left = dict.fromkeys(reports, 0.0)
     for i, kind in enumerate(kinds):
         widths = [sum(part.bytes for part in report.parts if part.kind == kind) / 1e6 for report in reports.values()]
-        ax.barh(list(reports), widths, left=list(left.values()), color=PALETTE[i % len(PALETTE)], hatch=("", "///", "...", "xx")[i % 4], edgecolor="white", label=kind)
+        look = {"color": PALETTE[i % len(PALETTE)], "hatch": ("", "///", "...", "xx")[i % 4], "edgecolor": "white"}
+        ax.barh(list(reports), widths, left=list(left.values()), label=kind, **look)
         left = {name: start + width for (name, start), width in zip(left.items(), widths, strict=True)}
     for name, report in reports.items():
         ax.annotate(f" {format_bytes(report.memory)}", (left[name], name), va="center")
@@ -447,7 +449,8 @@ def _digest(path: Path) -> str: # SHA-256, hexadecimal
 def _layer_record(module: nn.Module) -> dict[str, object]:
     "What is needed to make an empty layer like this one."
     if isinstance(module, Int8Linear):
-        return {"kind": "linear", "shape": list(module.weight.shape), "bias": module.bias is not None, "backend": module.backend}
+        shape = list(module.weight.shape)
+        return {"kind": "linear", "shape": shape, "bias": module.bias is not None, "backend": module.backend}
     assert isinstance(module, Int8Embedding)
     return {"kind": "embedding", "shape": list(module.rows.shape), "dtype": str(module.like.dtype).removeprefix("torch.")}
 
@@ -538,9 +541,9 @@ def _assemble(
         for name, value in module.named_parameters(recurse=False):
             if value.is_meta:
                 setattr(module, name, nn.Parameter(torch.empty_like(value, device="cpu"), requires_grad=value.requires_grad))
-    for alias, name in description["aliases"].items():
-        _tie(new, alias, str(name))
-        state[alias] = state[str(name)]
+    for alias, first in description["aliases"].items():
+        _tie(new, alias, str(first))
+        state[alias] = state[str(first)]
     new.load_state_dict(state)
     return new.eval()
 
