@@ -113,7 +113,7 @@ class Compression(Part):
 class _Encoder(Protocol):
     "The part of a tokenizer that a report needs."
     def encode(self, text: str) -> list[int]: ...
-    def token_bytes(self, token_id: int, /) -> bytes: ...
+    def decode_bytes(self, ids: Sequence[int], /) -> bytes: ...
 
 
 class TokenView(Part):
@@ -123,12 +123,12 @@ class TokenView(Part):
 
     @classmethod
     def of(cls,
-        tokenizer: _Encoder, # anything with `encode` and `token_bytes`
+        tokenizer: _Encoder, # anything with `encode` and `decode_bytes`
         text: str, # the sentence to show
     ) -> "TokenView":
         "Encode `text` and keep what each token stands for."
         ids = tuple(tokenizer.encode(text))
-        return cls(ids=ids, pieces=tuple(tokenizer.token_bytes(i).decode("utf-8", "backslashreplace") for i in ids))
+        return cls(ids=ids, pieces=tuple(tokenizer.decode_bytes([i]).decode("utf-8", "backslashreplace") for i in ids))
 
     def pairs(self) -> list[tuple[int, str]]: # id and text
         "Each token with its number."

@@ -200,13 +200,6 @@ class Int8Linear(nn.Module):
     ) -> Tensor: # (..., out_features)
         return int8_linear(x, self.weight, self.scale, self.bias, backend=self.backend)
 
-    def dequantized(
-        self,
-        dtype: torch.dtype = torch.float32, # of the result
-    ) -> Tensor: # (out_features, in_features)
-        "The real matrix that this layer stands for."
-        return dequantize_rows(self.weight, self.scale, dtype)
-
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:  # type: ignore[no-untyped-def]
         given = state_dict.get(f"{prefix}weight")
         if given is not None and given.dtype != torch.int8:
