@@ -172,8 +172,8 @@ _LITERALS = _table(
 
 _FAILURES = _table(
     "1 / 0|1 // 0|7 % 0|0 ** -1|divmod(1, 0)|int('x')|float('y')|int('')|complex('z')|int('1', 99)|[][0]|'abc'[9]|(1, 2)[5]|[].pop()|"
-    "{}['a']|{}.pop('b')|set().pop()|{1}.remove(2)|None.x|'a'.foo|(1).bar|[].add(1)|str.nope|'a' + 1|1 + 'a'|len(5)|None + 1|hash([])|iter(3)|"
-    "1 < 'a'|[] < 3|abs('a')|sum(['a'])|int([])|ord('ab')|chr(-1)|max([])|min(())|[1].index(2)|[].remove(1)|'a'.index('b')|bytes([300])|"
+    "{}['a']|{}.pop('b')|set().pop()|{1}.remove(2)|None.x|'a'.foo|(1).bar|[].add(1)|str.nope|'a' + 1|1 + 'a'|len(5)|None + 1|hash([])|"
+    "iter(3)|1 < 'a'|abs('a')|sum(['a'])|int([])|ord('ab')|chr(-1)|max([])|min(())|[1].index(2)|[].remove(1)|'a'.index('b')|bytes([300])|"
     "range(1, 2, 0)|next(iter([]))|b'\\xff'.decode()|10.0 ** 400|spam|eggs + 1|__import__('nope')|x y|1 +|(1"
 )
 
@@ -243,8 +243,8 @@ _PHRASINGS |= {
         "Tell me what follows {}.|Here ends {}. What comes after it?|Name the one after {}.|What is the one after {}?|"
         "What do we have after {}?|What comes directly after {}?|Tell me what is next after {}.",
     "previous": "What comes before {}?|What precedes {}?|Which one comes right before {}?|What was just before {}?|"
-        "What is the one before {}?|Tell me what precedes {}.|Here begins {}. What came before it?|Name the one before {}.|What do we have before {}?|"
-        "What came before {}?|What comes directly before {}?|Tell me what was before {}.",
+        "What is the one before {}?|Tell me what precedes {}.|Here begins {}. What came before it?|Name the one before {}.|"
+        "What do we have before {}?|What came before {}?|What comes directly before {}?|Tell me what was before {}.",
     "number": "What is the code point of {}?|Which number is {}?|What is the code of {}?|What does ord give for {}?|Which code has {}?|"
         "Tell me the code point of {}.|Name the number of {}.|What number does Python use for {}?|What is the number of {}?|"
         "Which code point is {}?|Name the code point of {}.|Give me the code of {}.",
@@ -256,11 +256,11 @@ _PHRASINGS |= {
         "How many days are there in {}?|Tell me how many days {} has.|Count the days of {}.|{} has how many days?|"
         "How many days are in {}?|Name the number of days in {}.|What is the length of {} in days?|How many days long is {}?",
     "type": "What is the type of {}?|Which type does {} have?|What kind of object is {}?|Which class does {} belong to?|"
-        "Of which type is {}?|Name the type of {}.|Tell me the type of {}.|{} is an object of which class?|What type is {}?|Which type is {}?|"
-        "What does type() say about {}?|Give me the type of {}.",
+        "Of which type is {}?|Name the type of {}.|Tell me the type of {}.|{} is an object of which class?|What type is {}?|"
+        "Which type is {}?|What does type() say about {}?|Give me the type of {}.",
     "failure": "What does {} raise?|Which exception does {} raise?|What error do I get from {}?|Which error comes from {}?|"
-        "How does {} fail?|Tell me the exception of {}.|Name the error that {} raises.|{} fails. With which error?|Which error does {} give?|"
-        "What goes wrong with {}?|Name the exception for {}.|I tried {}. Which error did I get?",
+        "How does {} fail?|Tell me the exception of {}.|Name the error that {} raises.|{} fails. With which error?|"
+        "Which error does {} give?|What goes wrong with {}?|Name the exception for {}.|I tried {}. Which error did I get?",
     "value": "What is {}?|What does {} give?|Evaluate {}.|What is the value of {}?|What do I get for {}?|Compute {}.|"
         "Tell me the value of {}.|What comes out of {}?|What is the result of {}?|{} gives what?|Give me the value of {}.|"
         "What does Python say to {}?",
