@@ -388,8 +388,7 @@ def size_figure(
     for name, report in reports.items():
         ax.annotate(f" {format_bytes(report.memory)}", (left[name], name), va="center")
     ax.invert_yaxis()
-    ax.margins(x=0.15)
-    ax.set(xlabel="memory (MB)")
+    ax.set(xlabel="memory (MB)", xlim=(0, 1.15 * max(left.values())))
     ax.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return fig
 
@@ -469,7 +468,8 @@ def save_quantized(
     path.mkdir(parents=True, exist_ok=True)
     tensors, aliases = unique_tensors(model)
     _write_tensors(path / _TENSORS, tensors)
-    description = {"format": _FORMAT, "model": _model_record(model), "layers": layers, "aliases": aliases, "sha256": _digest(path / _TENSORS)}
+    digest = _digest(path / _TENSORS)
+    description = {"format": _FORMAT, "model": _model_record(model), "layers": layers, "aliases": aliases, "sha256": digest}
     atomic_write(path / _DESCRIPTION, json.dumps(description, indent=1) + "\n")
 
 def _model_record(model: nn.Module) -> dict[str, object]:
