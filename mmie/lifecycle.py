@@ -284,7 +284,7 @@ RUN_PRESETS: dict[str, dict[str, object]] = {
         "finetune": {"steps": 6, "batch_size": 8, "warmup": 1, "checkpoint_every": 3},
     },
     "tiny": {
-        "packages": ("python", "numpy", "matplotlib", "pydantic", "jinja2", "typer"), "vocab_size": 2048,
+        "vocab_size": 2048,
         "pretrain": {"steps": 480, "batch_size": 16, "warmup": 40, "eval_every": 80, "checkpoint_every": 80},
         "finetune": {"steps": 200, "batch_size": 32, "warmup": 10, "checkpoint_every": 100},
     },
@@ -540,30 +540,32 @@ def continue_text(
     tokenizer: BPETokenizer, # its own
     prompts: Sequence[str], # beginnings
     *,
-    max_new_tokens: int = 60, # length of what is added
+    max_new_tokens: int = 60, # length of what is added, as far as the model's memory reaches
     temperature: float = 0.8, # 0 is greedy
     top_k: int | None = 50, # draw among this many
     seed: int = 0, # of the draw
 ) -> list[str]: # continuations, without the prompts
     "What the model would write next."
-    starts = [[tokenizer.special_tokens[EOS], *tokenizer.encode(prompt)] for prompt in prompts]
+    starts = [[tokenizer.special_tokens[EOS], *tokenizer.encode(prompt)][: model.max_length // 2] for prompt in prompts]
+    room = min(max_new_tokens, model.max_length - max(map(len, starts)))
     stop = {tokenizer.special_tokens[EOS], tokenizer.special_tokens[ChatTemplate().end]}
-    new = generate(model, starts, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed, eos_id=stop)
+    new = generate(model, starts, room, temperature=temperature, top_k=top_k, seed=seed, eos_id=stop)
     return [tokenizer.decode(ids) for ids in new]
 
 
 def decoding_speed(
     models: Mapping[str, DecoderLM], # name → model
     *,
-    n_tokens: int = 64, # decoded each time
+    n_tokens: int = 100, # decoded each time, as far as the models' memory reaches
     rounds: int = 3, # turns
 ) -> dict[str, float]: # tokens a second, one sequence, greedy; the best round of each
     "How fast each model writes, measured in turns."
     best = dict.fromkeys(models, 0.0)
+    n_tokens = min(n_tokens, *(model.max_length - 1 for model in models.values()))
     for _ in range(rounds + 1): # the first round warms up, and a best of all rounds forgets it
         for name, model in models.items():
             started = time.perf_counter()
-            generate(model, [[1, 2, 3]], n_tokens, temperature=0)
+            generate(model, [[0]], n_tokens, temperature=0)
             best[name] = max(best[name], n_tokens / (time.perf_counter() - started))
     return best
 
@@ -606,8 +608,8 @@ def examine(
         facts = {"samples": [s.model_dump() for s in samples], "exam": exam.model_dump(), "bits_per_byte": scores, "speed": speeds}
         score = exam.score()
         return Made({"questions": f"{len(asked):,} of {len(pairs):,}, in phrasings never seen", "openings": str(len(prompts))},
-                    {"right answers": f"{score.hits} of {score.n}"}, facts)
-    settings = {"corpus": str(corpus), "ages": {age: str(path) for age, path in ages.items()}, "questions": questions and str(questions),
+                    {"right answers": f"{score.correct} of {score.total}"}, facts)
+    settings: dict[str, object] = {"corpus": str(corpus), "ages": {age: str(path) for age, path in ages.items()}, "questions": questions and str(questions),
                 "n_questions": n_questions, "seed": seed}
     named: list[object] = [word for age, path in ages.items() for word in (f"--{age}", path)]
     chosen: list[object] = ["--questions", questions] if questions else []

@@ -252,7 +252,7 @@ def _checked_prompts(
     if any(isinstance(row, int) for row in rows):
         raise InputError("prompts are token ids without a batch", where="prompts", fix="wrap a single prompt in a list: [prompt]")
     if [] in (starts := [list(row)[:1] for row in rows]):
-        raise InputError("a prompt is empty", where=f"prompts[{starts.index([])}]", fix="start it with a token, such as the end-of-text token")
+        raise InputError("a prompt is empty", where=f"prompts[{starts.index([])}]", fix="start it with the end-of-text token")
     if max_new_tokens < 0:
         raise InputError(f"max_new_tokens is {max_new_tokens}", where="max_new_tokens", fix="use 0 or more")
     longest = max(map(len, rows), default=0)

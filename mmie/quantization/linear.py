@@ -131,7 +131,7 @@ def choose_backend(
     if x.dtype in (torch.float64, torch.float16) or (x.requires_grad and torch.is_grad_enabled()):
         return "plain"
     support = int8_support(x.device.type)
-    if x.shape[0] <= support.kernel_rows and _kernel_fits(x, weight):
+    if support.kernel and x.shape[0] <= support.kernel_rows and _kernel_fits(x, weight):
         return "kernel"
     return "dequantize" if support.bf16 else "plain"
 

@@ -1,0 +1,130 @@
+"""A user's mistakes end in one clear line and exit code 2, never in a traceback."""
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+ENGLISH = "The cat sat on the mat and looked at the moon, which was round, white and very far away. "
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "Enough text to learn something from."
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_text("\n".join(f"{number}. {ENGLISH}" for number in range(1500)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(mmie: Run, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tokenizer") / "out"
+    done = mmie("tokenizer", "train", "--corpus", text, "--vocab-size", 320, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    "Exit code 2, no traceback, and every word in what was said."
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not [word for word in words if word.lower() not in done.stderr.lower()], done.stderr
+    if done.stderr.startswith("mmie:"):
+        assert done.stderr.count("\n") == 1
+
+
+def test_help_is_quick_and_needs_no_torch() -> None:
+    code = ("import sys, time; t = time.perf_counter(); from typer.testing import CliRunner; from mmie.cli import app;"
+            "r = CliRunner().invoke(app, ['--help']); assert r.exit_code == 0 and 'tokenizer' in r.output; print('torch' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("words", [[], ["run"], ["corpus"], ["tokenizer", "train"], ["tokenizer", "encode"], ["tokenizer", "decode"], ["train"], ["finetune"],
+                                   ["generate"], ["quantize"], ["baselines"], ["exam"], ["report"]], ids=" ".join)
+def test_every_help_teaches(mmie: Run, words: list[str]) -> None:
+    shown = mmie(*words, "--help")
+    assert shown.returncode == 0 and "mmie " in shown.stdout and ":  mmie" in shown.stdout.replace("\n", " "), "help ends with a line to copy"
+
+
+def test_wrong_words(mmie: Run, tmp_path: Path) -> None:
+    refused(mmie("run", "--out", tmp_path / "a", "--presett", "tiny"), "presett")
+    refused(mmie("run", "--out", tmp_path / "a", "--preset", "tyni"), "tyni", "tiny")
+    refused(mmie("runn"), "runn")
+    refused(mmie("--log-level", "LOUD", "report", "--run", tmp_path), "LOUD")
+    refused(mmie("tokenizer", "train", "--corpus", tmp_path, "--vocab-size", "many", "--out", tmp_path / "b"), "many")
+
+
+def test_files_that_are_no_text(mmie: Run, tmp_path: Path) -> None:
+    cases = {"missing.txt": None, "empty.txt": b"", "binary.txt": b"\x00\x01\x02" * 50_000, "bad.txt": b"fine text " * 5_000 + b"\xff\xfe" + b"x" * 100,
+             "image.png": b"\x89PNG\r\n", "short.txt": b"Not much to learn from here.\n"}
+    for name, data in cases.items():
+        if data is not None:
+            (tmp_path / name).write_bytes(data)
+        refused(mmie("run", "--preset", "smoke", "--corpus", tmp_path / name, "--out", tmp_path / "out"), name)
+    said = mmie("run", "--preset", "smoke", "--corpus", tmp_path / "bad.txt", "--out", tmp_path / "out").stderr
+    assert "50000" in said.replace(",", ""), "the offset of the bad byte is named"
+    (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n{"txet": "typo"}\n', encoding="utf-8")
+    refused(mmie("corpus", "--corpus", tmp_path / "rows.jsonl", "--out", tmp_path / "out2"), "rows.jsonl", "2", "text")
+    (tmp_path / "nothing").mkdir()
+    refused(mmie("corpus", "--corpus", tmp_path / "nothing", "--out", tmp_path / "out3"), "nothing")
+
+
+@pytest.mark.skipif(os.name == "nt" or not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission(mmie: Run, text: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_bytes(text.read_bytes())
+    secret.chmod(0)
+    refused(mmie("corpus", "--corpus", secret, "--out", tmp_path / "out"), "secret.txt")
+
+
+def test_a_folder_that_holds_something_else(mmie: Run, text: Path, tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "beach.jpg").write_bytes(b"\xff\xd8")
+    refused(mmie("run", "--preset", "smoke", "--corpus", text, "--out", tmp_path / "photos"), "photos", "something else")
+    refused(mmie("corpus", "--corpus", text, "--out", tokenizer), "tokenizer")
+    refused(mmie("tokenizer", "train", "--corpus", text, "--vocab-size", 330, "--out", tokenizer), "vocab_size", "320", "330")
+    refused(mmie("tokenizer", "train", "--corpus", text, "--out", text), "book.txt")
+    assert [p.name for p in (tmp_path / "photos").iterdir()] == ["beach.jpg"]
+
+
+def test_models_and_tokenizers_that_are_none(mmie: Run, text: Path, tokenizer: Path, tmp_path: Path) -> None:
+    for words in (["generate", "--model", tmp_path / "none", "Hi"], ["generate", "--model", tmp_path, "Hi"], ["quantize", "--model", tmp_path, "--out", tmp_path / "q"],
+                  ["report", "--run", tmp_path], ["tokenizer", "encode", "--tokenizer", tmp_path, "Hi"], ["generate", "--model", tokenizer, "Hi"]):
+        refused(mmie(*words))
+    refused(mmie("tokenizer", "decode", "--tokenizer", tokenizer, "12", "x1"), "x1")
+    refused(mmie("tokenizer", "decode", "--tokenizer", tokenizer, "99999"), "99999")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in tokenizer.iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes()[:40])
+    refused(mmie("tokenizer", "encode", "--tokenizer", damaged, "Hi"), "damaged")
+    (tmp_path / "train.yaml").write_text("stepps: 5\n", encoding="utf-8")
+    refused(mmie("train", "--corpus", text, "--tokenizer", tokenizer, "--config", tmp_path / "train.yaml", "--out", tmp_path / "m"), "stepps", "steps")
+
+
+def test_encode_and_decode_round_trip(mmie: Run, tokenizer: Path) -> None:
+    sentence = "The cat, naïve — and 猫 🐈 <|end|>"
+    ids = json.loads(mmie("tokenizer", "encode", "--tokenizer", tokenizer, sentence).stdout)
+    assert mmie("tokenizer", "decode", "--tokenizer", tokenizer, *ids).stdout == sentence + "\n"
+    assert mmie("tokenizer", "decode", "--tokenizer", tokenizer, stdin=json.dumps(ids)).stdout == sentence + "\n"
+    assert json.loads(mmie("tokenizer", "encode", "--tokenizer", tokenizer, stdin=sentence).stdout) == ids
+
+
+def test_ctrl_c_is_no_error(text: Path, tokenizer: Path, tmp_path: Path) -> None:
+    "An interrupted training says so in one line, exits with 130 and goes on from its checkpoint."
+    import signal
+    program = str(Path(sys.executable).parent / "mmie")
+    words = [program, "train", "--preset", "smoke", "--steps", "100000", "--corpus", str(text), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "model")]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "model").glob("checkpoints/step-*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said and "goes on from here" in said, said
+    assert list((tmp_path / "model").glob("checkpoints/step-*"))

@@ -1,0 +1,142 @@
+"""The main job at its smallest size: from nothing to the report, interrupted, resumed, repeated."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+STAGES = ["corpus", "tokenizer", "baselines", "pretrain", "finetune", "quantize", "exam"]
+
+
+@pytest.fixture(scope="module")
+def finished(mmie: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A complete run that nothing disturbed."
+    out = tmp_path_factory.mktemp("run") / "smoke"
+    done = mmie("run", "--preset", "smoke", "--out", out, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert str(out / "report.html") in done.stdout
+    return out
+
+
+def results(out: Path) -> dict[str, object]:
+    "Everything in the report that must not depend on when or how often the run was started."
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    keep = {key: report[key] for key in ("model", "corpus", "pretraining", "finetuning", "compression", "tokens", "samples", "exam")}
+    keep["variants"] = [{key: row[key] for key in ("name", "disk_bytes", "memory_bytes", "bits_per_byte")} for row in report["variants"]]
+    return keep
+
+
+def test_every_stage_leaves_its_record(finished: Path) -> None:
+    for stage in STAGES:
+        mark = json.loads((finished / stage / "stage.json").read_text(encoding="utf-8"))
+        assert mark["record"]["seconds"] > 0 and mark["record"]["command"].startswith("mmie ")
+    report = json.loads((finished / "report.json").read_text(encoding="utf-8"))
+    assert [stage["name"] for stage in report["stages"]] == STAGES
+    scores = report["compression"]
+    assert all(scores[name] > 0 for name in ("model", "int8", "uniform", "lzma", "lzma_given_train", "ngram_bytes", "ngram_tokens"))
+    assert report["reproduction"]["seed"] == 0 and report["reproduction"]["versions"]["torch"]
+    assert report["exam"]["questions"] and len(report["variants"]) == 2
+
+
+def test_the_report_is_one_page_without_requests(finished: Path) -> None:
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert page.lstrip().lower().startswith("<!doctype html>")
+    assert not re.findall(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", page) and "@import" not in page
+
+
+def test_a_second_start_repeats_nothing(mmie: Run, finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file() and path.parent != finished}
+    again = mmie("run", "--preset", "smoke", "--out", finished)
+    assert again.returncode == 0 and again.stdout.count("done before") == len(STAGES)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    other = mmie("run", "--preset", "smoke", "--seed", 1, "--out", finished)
+    assert other.returncode == 2 and "seed: 0 there, 1 now" in other.stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
+def test_an_interrupted_run_ends_as_if_it_had_never_stopped(mmie: Run, finished: Path, tmp_path: Path, how: signal.Signals) -> None:
+    out = tmp_path / "smoke"
+    words = [str(Path(sys.executable).parent / "mmie"), "run", "--preset", "smoke", "--out", str(out)]
+    for sign in ("tokenizer/stage.json", "pretrain/checkpoints/step-*", "finetune/checkpoints/step-*"): # stop three times, in three stages
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        deadline = time.monotonic() + 240
+        while not list(out.glob(sign)) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(how)
+        said, _ = process.communicate(timeout=120)
+        assert list(out.glob(sign)), said
+        assert process.returncode in ((130, 0) if how == signal.SIGINT else (-signal.SIGKILL, 0)), said
+    done = mmie("run", "--preset", "smoke", "--out", out, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert results(out) == results(finished)
+
+
+def test_the_same_seed_gives_the_same_life_and_another_a_different_one(mmie: Run, finished: Path, tmp_path: Path) -> None:
+    assert mmie("run", "--preset", "smoke", "--out", tmp_path / "same", timeout=600).returncode == 0
+    assert results(tmp_path / "same") == results(finished)
+    assert mmie("run", "--preset", "smoke", "--seed", 1, "--out", tmp_path / "other", timeout=600).returncode == 0
+    assert results(tmp_path / "other")["pretraining"] != results(finished)["pretraining"]
+
+
+def test_my_own_text_and_questions(mmie: Run, tmp_path: Path) -> None:
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "brew", "potions", "and", "nobody", "listens"]
+    (tmp_path / "notes").mkdir()
+    for number in range(30):
+        lines = " ".join(words[(number * k + k) % len(words)] for k in range(300))
+        (tmp_path / "notes" / f"{number}.md").write_text(f"# Note {number}\n\n{lines}.\n", encoding="utf-8")
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps({"text": f"Row {n}: " + " ".join(words)}) + "\n" for n in range(100)), encoding="utf-8")
+    pairs = [{"question": f"What is {n} plus one?", "answer": str(n + 1)} for n in range(30)]
+    (tmp_path / "faq.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs) + '{"question": "broken"}\n', encoding="utf-8")
+    out = tmp_path / "mine"
+    done = mmie("run", "--preset", "smoke", "--corpus", tmp_path / "notes", "--corpus", tmp_path / "more.jsonl", "--questions", tmp_path / "faq.jsonl", "--out", out, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "line 31" in (out / "finetune" / "rejected.txt").read_text(encoding="utf-8")
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert report["corpus"]["documents"] == 130 and len(report["exam"]["questions"]) == 3
+
+
+def test_each_stage_alone_gives_what_the_run_gave(mmie: Run, finished: Path, tmp_path: Path) -> None:
+    "The commands that the report names, in a folder of their own."
+    def alone(*words: object) -> None:
+        done = mmie(*words, timeout=600)
+        assert done.returncode == 0, done.stderr
+    alone("corpus", "--out", tmp_path / "corpus")
+    alone("tokenizer", "train", "--corpus", tmp_path / "corpus", "--vocab-size", 400, "--out", tmp_path / "tokenizer")
+    (tmp_path / "shape.yaml").write_text(json.dumps(json.loads((finished / "stage.json").read_text(encoding="utf-8"))["settings"]["shape"]), encoding="utf-8")
+    alone("train", "--corpus", tmp_path / "corpus", "--tokenizer", tmp_path / "tokenizer", "--shape", tmp_path / "shape.yaml", "--preset", "smoke", "--out", tmp_path / "pretrain")
+    alone("finetune", "--model", tmp_path / "pretrain", "--preset", "smoke", "--out", tmp_path / "finetune")
+    alone("quantize", "--model", tmp_path / "finetune", "--out", tmp_path / "quantize")
+    for stage, file in (("corpus", "train.jsonl"), ("tokenizer", "mmie_tokenizer.json"), ("pretrain", "model.safetensors"), ("finetune", "model.safetensors"),
+                        ("quantize", "quantized.safetensors")):
+        assert (tmp_path / stage / file).read_bytes() == (finished / stage / file).read_bytes(), stage
+    for words in (["generate", "--model", tmp_path / "pretrain", "The", "--max-new-tokens", 5], ["generate", "--model", tmp_path / "quantize", "--ask", "What does len do?"]):
+        first, second = mmie(*words), mmie(*words)
+        assert first.returncode == 0 and first.stdout == second.stdout
+
+
+def test_a_report_of_an_unfinished_run(mmie: Run, finished: Path, tmp_path: Path) -> None:
+    part = tmp_path / "part"
+    (part / "corpus").mkdir(parents=True)
+    for name in ("stage.json", "corpus/stage.json"):
+        (part / name).write_bytes((finished / name).read_bytes())
+    assert mmie("report", "--run", part).returncode == 0
+    assert json.loads((part / "report.json").read_text(encoding="utf-8"))["model"] is None
+    assert (part / "report.html").stat().st_size > 2000
+
+
+def test_a_full_disk_is_said_in_one_line(mmie: Run, tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    text = tmp_path / "text.txt"
+    text.write_text("Some words to learn from, again and again.\n" * 2000, encoding="utf-8")
+    program = [str(Path(sys.executable).parent / "mmie"), "tokenizer", "train", "--corpus", str(text), "--vocab-size", "300", "--out", str(tmp_path / "t")]
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    assert done.returncode == 1 and "Traceback" not in done.stderr
