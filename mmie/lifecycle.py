@@ -15,8 +15,8 @@ import math
 import random
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -45,6 +45,7 @@ from .training.trainer import HeldOut, History, ProgressBar, TrainConfig, Traine
 
 # %% ../nbs/93_lifecycle.ipynb #e3af227e
 _MARK = "stage.json"
+_SETTINGS = "settings.yaml" # of a stage that has more of them than fit on a command line
 
 
 class Mark(TypedDict, total=False):
@@ -94,6 +95,21 @@ def claim_folder(
                          fix="choose another --out, or remove the folder to start over")
     return mark
 
+# %% ../nbs/93_lifecycle.ipynb #51d4e8e1
+@contextmanager
+def _released_on_mistakes(
+    folder: Path, # claimed, perhaps with work in it
+) -> Iterator[None]:
+    "Give up the claim when an `InputError` leaves nothing else in the folder."
+    try:
+        yield
+    except InputError:
+        if {path.name for path in folder.iterdir()} <= {_MARK, _SETTINGS}:
+            for path in folder.iterdir():
+                path.unlink()
+            folder.rmdir()
+        raise
+
 # %% ../nbs/93_lifecycle.ipynb #bd7fae91
 @dataclass(frozen=True, slots=True)
 class Made:
@@ -142,7 +158,8 @@ class Stage:
         if "record" in claim_folder(folder, self.kind, settings) and (done := Finished.read(folder)):
             return done
         started = time.perf_counter()
-        made = work(folder)
+        with _released_on_mistakes(folder):
+            made = work(folder)
         record = StageRecord(name=self.kind, title=self.title, what=self.what, seconds=time.perf_counter() - started,
                              inputs=made.inputs, outputs=made.outputs, command=shlex.join(["mmie", *map(str, command)]))
         mark = {"kind": self.kind, "settings": settings, "record": record.model_dump(mode="json"), "facts": made.facts}
@@ -388,9 +405,6 @@ def pretrain(
     return PRETRAIN.run(out, settings, work, ["train", *named, "--tokenizer", tokenizer, "--config", out / _SETTINGS, "--out", out])
 
 # %% ../nbs/93_lifecycle.ipynb #32df85b0
-_SETTINGS = "settings.yaml"
-
-
 def _train(
     model: DecoderLM, # changed in place
     source: BatchSource, # what to learn from
@@ -731,6 +745,9 @@ def run_life(
 ) -> Path: # report.html
     "A whole life: every stage that isn't done yet, then the report. Raises `InputError` for mistakes in the input."
     out = Path(out)
+    if config.questions:
+        read_pairs(config.questions) # a mistake in there should not come to light after minutes of work
     claim_folder(out, RUN, config.model_dump(mode="json"))
-    run_stages(config, out, announce=announce, progress=progress)
+    with _released_on_mistakes(out):
+        run_stages(config, out, announce=announce, progress=progress)
     return write_run_report(out, command)

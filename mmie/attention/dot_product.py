@@ -146,9 +146,10 @@ def choose_backend(
     q: Tensor, # queries, (batch, heads, queries, head_dim)
     k: Tensor, # keys, (batch, kv_heads, keys, head_dim)
 ) -> str: # a name in BACKENDS
-    "What `backend='auto'` takes: plain products for bf16 on a CPU while the scores stay small, else the fused kernel."
-    plain = q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] > 1 and k.shape[2] <= 2048
-    return "explicit" if plain else "sdpa"
+    "What `backend='auto'` takes: plain products for bf16 on a CPU while all scores stay below 128 MB, else the fused kernel."
+    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or q.shape[2] == 1:
+        return "sdpa"
+    return "explicit" if q.shape[:3].numel() * k.shape[2] <= 2**26 else "sdpa"
 
 # %% ../../nbs/20_attention.dot_product.ipynb #4750aa8b
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> tuple[int, int, int]:
@@ -162,9 +163,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -
                          fix="batch and head_dim must agree, and k and v in heads and length")
     if h % hk:
         raise InputError(f"{h} query heads can't share {hk} key heads evenly", fix="kv_heads must divide heads")
-    if mask is not None and (mask.dtype != torch.bool or mask.shape[-1] not in (1, m)):
+    fits = mask is None or all(s in (1, t) for s, t in zip(mask.shape[::-1], (m, n, h, b), strict=False))
+    if mask is not None and not (fits and mask.dtype == torch.bool):
         raise InputError(f"the mask is {mask.dtype} of shape {tuple(mask.shape)}",
-                         fix=f"it must be boolean, True = may look, and end with the {m} keys")
+                         fix=f"it must be boolean, True = may look, and broadcast to {(b, h, n, m)}")
     if backend not in BACKENDS:
         raise InputError(f"there is no backend {backend!r}", fix=did_you_mean(backend, [*BACKENDS, "auto"]))
     return n, m, d

@@ -105,6 +105,8 @@ class RotaryEmbedding(nn.Module):
         positions: Tensor | int = 0, # of each token, (length,) or (batch, length); or just that of the first
     ) -> Tensor: # same shape
         "Turn each pair by its angle."
+        if isinstance(positions, int) and torch.compiler.is_compiling(): # a compiler prefers arithmetic to memory
+            positions = torch.arange(positions, positions + x.shape[2], device=x.device)
         if isinstance(positions, int):
             cos, sin = self._tables.stretch(positions, x.shape[2], x.dtype, x.device)
         else:

@@ -165,11 +165,12 @@ def init_linear(
 def init_block(
     block: Block, # changed in place
     n_layers: int, # depth of the stack it's part of
+    stream_std: float = 1.0, # standard deviation of what enters the stack, such as fresh embeddings
 ) -> None:
-    "Variance 1 through every matrix, and the two that write to the residual stream shrunk by 1/√(2·n_layers). Radford et al. 2019."
+    "Variance 1 through every matrix; all branches together add about as much to the stream as entered it. Radford et al. 2019."
     for module in block.modules():
         if isinstance(module, nn.Linear):
             init_linear(module)
     for parent, name in ((block.attention, "o_proj"), (block.mlp, "down_proj")):
         output = getattr(parent, name)
-        init_linear(output, scale=1 / math.sqrt(2 * n_layers))
+        init_linear(output, scale=stream_std / math.sqrt(2 * n_layers))

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'LossFunction', 'Precision', 'EVENTS', 'next_token_sum', 'add_gradients', 'EvaluationSource', 'HeldOut',
-           'Evaluation', 'evaluate', 'bits_per_byte', 'History', 'history_figure', 'StopTraining', 'SkipStep',
-           'TrainingError', 'Callback', 'ProgressBar', 'progress_line', 'TrainConfig', 'random_state',
-           'set_random_state', 'Trainer']
+           'Evaluation', 'evaluate', 'bits_per_byte', 'History', 'StopTraining', 'SkipStep', 'TrainingError',
+           'Callback', 'ProgressBar', 'TrainConfig', 'random_state', 'set_random_state', 'Trainer']
 
 # %% ../../nbs/43_training.trainer.ipynb #2e98480f
 import contextlib
@@ -111,7 +110,7 @@ class Evaluation:
     loss: float # nats per scored token
     bits_per_byte: float | None # None where the source has no bytes
 
-# %% ../../nbs/43_training.trainer.ipynb #0d32e683
+# %% ../../nbs/43_training.trainer.ipynb #203698d0
 Precision = Literal["auto", "float32", "bf16"]
 
 
@@ -124,7 +123,7 @@ def _autocast(
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
 
-
+# %% ../../nbs/43_training.trainer.ipynb #797aba64
 def evaluate(
     model: nn.Module, # ids → logits
     source: EvaluationSource, # what to score
@@ -192,10 +191,7 @@ class History:
 
     def to_json(self) -> str: # NaN and infinity become null
         "Everything, as JSON."
-        data = asdict(self)
-        for key in ("losses", "grad_norms"):
-            data[key] = [x if math.isfinite(x) else None for x in data[key]]
-        return json.dumps(data, allow_nan=False)
+        return json.dumps(_without_nan(asdict(self)), allow_nan=False)
 
     @classmethod
     def from_json(
@@ -203,19 +199,33 @@ class History:
         text: str, # from `to_json`
     ) -> "History":
         "The history again."
-        data = json.loads(text)
-        for key in ("losses", "grad_norms"):
-            data[key] = [math.nan if x is None else x for x in data[key]]
-        data["evaluations"] = [Evaluation(**e) for e in data["evaluations"]]
-        data["skipped"] = [(step, reason) for step, reason in data["skipped"]]
-        return cls(**data)
+        return cls(**_with_nan(json.loads(text)))
 
     def figure(self) -> "Figure": # two panels against the tokens trained on
         "Training loss, and bits per byte on held-out text."
-        return history_figure(self)
+        return _history_figure(self)
 
-# %% ../../nbs/43_training.trainer.ipynb #c272386b
-def history_figure(
+# %% ../../nbs/43_training.trainer.ipynb #e6678ea5
+_MAY_BE_NAN = ("losses", "grad_norms")
+
+
+def _without_nan(
+    data: dict, # a history as a dictionary
+) -> dict: # fit for JSON
+    "Null for what is not a finite number."
+    return data | {key: [x if math.isfinite(x) else None for x in data[key]] for key in _MAY_BE_NAN}
+
+
+def _with_nan(
+    data: dict, # from JSON
+) -> dict: # the fields of a History
+    "NaN for null, and the types that JSON does not know."
+    floats = {key: [math.nan if x is None else x for x in data[key]] for key in _MAY_BE_NAN}
+    evaluations = [Evaluation(**e) for e in data["evaluations"]]
+    return data | floats | {"evaluations": evaluations, "skipped": [(step, reason) for step, reason in data["skipped"]]}
+
+# %% ../../nbs/43_training.trainer.ipynb #33abbea9
+def _history_figure(
     history: History, # of a run
 ) -> "Figure": # two panels
     "Training loss and held-out bits per byte, against the tokens trained on."
@@ -279,6 +289,16 @@ class Callback:
     def load_state_dict(self, state: dict[str, State]) -> None: # what `state_dict` returned
         "Take it back."
 
+
+def _emit(
+    trainer: "Trainer", # handed to each callback
+    event: str, # one of EVENTS
+    *details: object, # what the event is about
+) -> None:
+    "Tell every callback, in order."
+    for callback in trainer.callbacks:
+        getattr(callback, f"on_{event}")(trainer, *details)
+
 # %% ../../nbs/43_training.trainer.ipynb #b83155fd
 class ProgressBar(Callback):
     "A line on stderr: steps, loss, bits per byte, tokens per second."
@@ -296,7 +316,7 @@ class ProgressBar(Callback):
 
     def on_step_end(self, trainer: "Trainer") -> None: # tells how it goes
         if self._bar is not None:
-            self._bar.set_postfix_str(progress_line(trainer.history), refresh=False)
+            self._bar.set_postfix_str(_progress_line(trainer.history), refresh=False)
             self._bar.update()
 
     def on_fit_end(self, trainer: "Trainer") -> None: # not asked
@@ -304,7 +324,7 @@ class ProgressBar(Callback):
             self._bar.close()
 
 
-def progress_line(
+def _progress_line(
     history: History, # of a run, at least one step long
 ) -> str: # for people
     "Where a run stands: mean of the last losses, last score, speed."
@@ -406,7 +426,7 @@ def _problem(
         return f"the loss is {loss}"
     return None if math.isfinite(norm) else f"the gradient is {norm}"
 
-# %% ../../nbs/43_training.trainer.ipynb #62c649fa
+# %% ../../nbs/43_training.trainer.ipynb #f588942f
 class Trainer:
     "Train a model; `fit` can be interrupted anywhere and resumed exactly. Raises TrainingError when too many steps are unusable."
 
@@ -431,19 +451,13 @@ class Trainer:
 
     def fit(
         self,
-        resume: str | Path | None = None, # a run's folder or one checkpoint; without a checkpoint there the run starts from the beginning
+        resume: str | Path | None = None, # a run's folder or one checkpoint; the run starts afresh if there is none
     ) -> History:
         "Run until `config.steps`. Ctrl-C saves a checkpoint and raises KeyboardInterrupt."
         with training_mode(self.model), _Interrupts() as interrupts:
             _begin(self, resume)
             try:
-                _emit(self, "fit_start")
-                _evaluate_if_due(self, interrupts)
-                while self.step < self.config.steps:
-                    _run_step(self)
-                    _evaluate_if_due(self, interrupts)
-                    _save_if_due(self)
-                    interrupts.check()
+                _loop(self, interrupts)
             except StopTraining as stop:
                 logger.info("stopped by a callback after step %d: %s", self.step, stop)
                 _save(self)
@@ -454,44 +468,62 @@ class Trainer:
                 _emit(self, "fit_end")
         return self.history
 
-# %% ../../nbs/43_training.trainer.ipynb #9141e3e9
-def _emit(
-    trainer: Trainer, # handed to each callback
-    event: str, # one of EVENTS
-    *details: object, # what the event is about
+# %% ../../nbs/43_training.trainer.ipynb #7aa75fdd
+def _loop(
+    trainer: Trainer, # until its steps are done
+    interrupts: _Interrupts, # looked at between steps
 ) -> None:
-    "Tell every callback, in order."
-    for callback in trainer.callbacks:
-        getattr(callback, f"on_{event}")(trainer, *details)
+    "Step, evaluate, save."
+    _emit(trainer, "fit_start")
+    _evaluate_if_due(trainer, interrupts)
+    while trainer.step < trainer.config.steps:
+        _run_step(trainer)
+        _evaluate_if_due(trainer, interrupts)
+        _save_if_due(trainer)
+        interrupts.check()
 
-
+# %% ../../nbs/43_training.trainer.ipynb #3a9aae51
 def _run_step(
     trainer: Trainer, # moves on by one step
 ) -> None:
     "One optimizer step, and its entry in the history."
-    start, history, config = time.perf_counter(), trainer.history, trainer.config
-    factor = trainer.schedule(trainer.step)
-    trainer.optimizer.set_lr_factor(factor)
-    trainer._whole, loss, norm, n_tokens, wait = False, math.nan, math.nan, 0, 0.0
+    start, trainer._whole = time.perf_counter(), False
+    loss, norm, n_tokens, wait = math.nan, math.nan, 0, 0.0
+    trainer.optimizer.set_lr_factor(trainer.schedule(trainer.step))
     try:
         _emit(trainer, "step_start")
-        batches = [trainer.train_data.next_batch() for _ in range(config.accumulate)]
-        wait, n_tokens = time.perf_counter() - start, sum(b.n_tokens for b in batches)
+        fetching = time.perf_counter()
+        batches = [trainer.train_data.next_batch() for _ in range(trainer.config.accumulate)]
+        wait, n_tokens = time.perf_counter() - fetching, sum(b.n_tokens for b in batches)
         loss, norm = _learn(trainer, [b.to(trainer.device) for b in batches])
         _emit(trainer, "gradients")
         trainer.optimizer.step()
     except SkipStep as skip:
         loss = math.nan
-        history.skipped.append((trainer.step, str(skip)))
+        trainer.history.skipped.append((trainer.step, str(skip)))
     trainer.optimizer.zero_grad()
-    trainer.step += 1
-    for column, value in [(history.losses, loss), (history.grad_norms, norm), (history.lrs, config.lr * factor), (history.waits, wait)]:
-        column.append(value)
-    history.tokens.append(n_tokens + (history.tokens[-1] if history.tokens else 0))
-    history.seconds.append(time.perf_counter() - start)
-    trainer._whole = True
+    _record(trainer, loss, norm, n_tokens, wait, start)
+    trainer.step, trainer._whole = trainer.step + 1, True
     _emit(trainer, "step_end")
-    _give_up_if_hopeless(history, config)
+    _give_up_if_hopeless(trainer.history, trainer.config)
+
+# %% ../../nbs/43_training.trainer.ipynb #9879a9b2
+def _record(
+    trainer: Trainer, # its history gets a row
+    loss: float, # nats per token, NaN without an update
+    norm: float, # length of the gradient
+    n_tokens: int, # that were scored
+    wait: float, # seconds spent fetching
+    start: float, # when the step began
+) -> None:
+    "Write a step down."
+    history = trainer.history
+    history.losses.append(loss)
+    history.grad_norms.append(norm)
+    history.tokens.append(n_tokens + (history.tokens[-1] if history.tokens else 0))
+    history.lrs.append(trainer.config.lr * trainer.schedule(trainer.step))
+    history.waits.append(wait)
+    history.seconds.append(time.perf_counter() - start)
 
 # %% ../../nbs/43_training.trainer.ipynb #7a629d4b
 def _learn(
