@@ -93,9 +93,9 @@ class Int8Support:
 
 def _kernel_is_right() -> bool:
     "Whether the kernel reproduces a product that we know."
-    x = torch.linspace(-1, 1, 3 * 48).reshape(3, 48).bfloat16()
-    weight = (torch.arange(5 * 48) % 255 - 127).to(torch.int8).reshape(5, 48)
-    scale = torch.linspace(0.5, 1, 5).bfloat16()
+    x = torch.linspace(-1, 1, 3 * 48, device="cpu").reshape(3, 48).bfloat16()
+    weight = (torch.arange(5 * 48, device="cpu") % 255 - 127).to(torch.int8).reshape(5, 48)
+    scale = torch.linspace(0.5, 1, 5, device="cpu").bfloat16()
     try:
         ours = torch._weight_int8pack_mm(x, weight, scale)
     except (AttributeError, NotImplementedError, RuntimeError):

@@ -180,9 +180,8 @@ class _Stored(ABC):
         "All that `_from_settings` needs, as JSON holds it."
 
     @classmethod
-    @abstractmethod
     def _from_settings(cls, settings: Mapping[str, object]) -> "Self":
-        "Build it again. Any exception means that the settings are wrong."
+        return cls(**settings) # type: ignore[call-arg] # what doesn't fit raises
 
     @property
     def fingerprint(self) -> str: # 64 hexadecimal digits
@@ -295,10 +294,6 @@ class ByteTokenizer(BaseTokenizer):
     def _settings(self) -> dict[str, object]:
         return {"special_tokens": list(self.special_tokens)}
 
-    @classmethod
-    def _from_settings(cls, settings: Mapping[str, object]) -> "Self":
-        return cls(**settings) # type: ignore[arg-type] # what is wrong raises
-
 # %% ../../nbs/11_tokenization.base.ipynb #bdae99bb
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
@@ -332,10 +327,6 @@ class CharacterTokenizer(BaseTokenizer):
 
     def _settings(self) -> dict[str, object]:
         return {"characters": self._characters, "special_tokens": list(self.special_tokens)}
-
-    @classmethod
-    def _from_settings(cls, settings: Mapping[str, object]) -> "Self":
-        return cls(**settings) # type: ignore[arg-type] # what is wrong raises
 
 # %% ../../nbs/11_tokenization.base.ipynb #d0ad455f
 _WORDS = re.compile(r" ?\w+| ?[^\w\s]+|\s+")
@@ -375,10 +366,6 @@ class WordTokenizer(BaseTokenizer):
 
     def _settings(self) -> dict[str, object]:
         return {"words": self._words, "special_tokens": list(self.special_tokens)}
-
-    @classmethod
-    def _from_settings(cls, settings: Mapping[str, object]) -> "Self":
-        return cls(**settings) # type: ignore[arg-type] # what is wrong raises
 
 # %% ../../nbs/11_tokenization.base.ipynb #3672f157
 def _stored(
