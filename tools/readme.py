@@ -23,6 +23,7 @@ NOTE = "<!-- Written from nbs/index.ipynb by `make readme`: edit the notebook. -
 def plain_markdown() -> str:
     "The index as Markdown, without Quarto."
     notebook = nbformat.read(INDEX, as_version=4)
+    notebook.metadata.language_info = {"name": "python"} # the fence of each cell
     text, _ = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(notebook)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Part', 'ModelCard', 'CorpusCard', 'StageRecord', 'Curve', 'Compression', 'TokenView', 'Sample', 'Question', 'Exam',
-           'Variant', 'Reproduction', 'RunReport', 'Finding', 'against', 'verdict', 'caveats', 'visible',
+           'Variant', 'Reproduction', 'RunReport', 'Conclusion', 'against', 'verdict', 'caveats', 'visible',
            'curve_figure', 'compression_figure', 'exam_figure', 'render_report', 'write_report']
 
 # %% ../../nbs/92_insight.report.ipynb #d9621006
@@ -261,7 +261,7 @@ class RunReport(Part):
         return sum(timed) if timed else None
 
 # %% ../../nbs/92_insight.report.ipynb #2bbd19af
-class Finding(Part):
+class Conclusion(Part):
     "A conclusion that the record supports."
     figure: str # the number in a few words: "7.5% fewer bits"
     text: str # a sentence that explains it
@@ -272,18 +272,18 @@ def against(
     ours: float, # the model's bits per byte
     theirs: float, # the rival's, on the same text
     rival: str, # its name in a sentence
-) -> Finding: # who needs fewer bits, and by how much
+) -> Conclusion: # who needs fewer bits, and by how much
     "Compare with one rival; a difference below a tenth of a percent is none."
     numbers = f"{ours:.3f} against {theirs:.3f} bits per byte of held-out text."
     change = ours / theirs - 1
-    if abs(change) < 0.001: return Finding(figure="No difference", text=f"Level with {rival}: {numbers}")
-    if change < 0: return Finding(figure=f"{-change:.1%} fewer bits", text=f"It beats {rival}: {numbers}", tone="good")
-    return Finding(figure=f"{change:.1%} more bits", text=f"It loses to {rival}: {numbers}", tone="bad")
+    if abs(change) < 0.001: return Conclusion(figure="No difference", text=f"Level with {rival}: {numbers}")
+    if change < 0: return Conclusion(figure=f"{-change:.1%} fewer bits", text=f"It beats {rival}: {numbers}", tone="good")
+    return Conclusion(figure=f"{change:.1%} more bits", text=f"It loses to {rival}: {numbers}", tone="bad")
 
 # %% ../../nbs/92_insight.report.ipynb #7325432e
-def _prediction_findings(
+def _prediction_conclusions(
     c: Compression, # bits per byte of everyone
-) -> list[Finding]: # one per family of rivals, against its strongest member
+) -> list[Conclusion]: # one per family of rivals, against its strongest member
     "Say how the model does against lzma and against counting."
     if c.model is None: return []
     n = f"the {c.ngram_order}-gram"
@@ -293,9 +293,9 @@ def _prediction_findings(
     return [against(c.model, *rival) for rival in best if rival is not None]
 
 # %% ../../nbs/92_insight.report.ipynb #cdd51830
-def _exam_findings(
+def _exam_conclusions(
     exam: Exam, # questions and answers
-) -> list[Finding]: # one sentence, with its interval
+) -> list[Conclusion]: # one sentence, with its interval
     "Say how many questions were answered right, and whether that is more than parroting."
     s, parrot, tone = exam.score(), exam.guessed, "plain"
     low, high = s.interval
@@ -303,13 +303,13 @@ def _exam_findings(
     if parrot is not None:
         tone = "good" if low > parrot.rate else "bad"
         text += f" Always giving the commonest answer would get {parrot.rate:.0%}" + ("." if tone == "good" else ", no worse than that.")
-    return [Finding(figure=f"{s.rate:.0%} right", text=text, tone=tone)] if s.total else []
+    return [Conclusion(figure=f"{s.rate:.0%} right", text=text, tone=tone)] if s.total else []
 
 # %% ../../nbs/92_insight.report.ipynb #e4b5f5e7
-def _quantization_findings(
+def _quantization_conclusions(
     variants: Sequence[Variant], # the first is the one as trained
     exam: Exam | None = None, # for the answers that changed
-) -> list[Finding]: # one per further variant
+) -> list[Conclusion]: # one per further variant
     "Say what a smaller model saves and what it costs."
     out = []
     for v in variants[1:]:
@@ -326,17 +326,17 @@ def _quantization_findings(
             if speed < 0.98 and tone == "good": tone = "plain"
         if v.name == "int8" and exam and (same := exam.unchanged):
             says.append(f"{same.correct} of {same.total} answers stay as they were")
-        out.append(Finding(figure=f"{smaller}× smaller", text="; ".join(says) + ".", tone=tone))
+        out.append(Conclusion(figure=f"{smaller}× smaller", text="; ".join(says) + ".", tone=tone))
     return out
 
 # %% ../../nbs/92_insight.report.ipynb #4362e7cd
 def verdict(
     report: RunReport, # whatever has been run
-) -> list[Finding]: # in the order of the page
+) -> list[Conclusion]: # in the order of the page
     "Everything the record lets us conclude about how the model did."
-    findings = _prediction_findings(report.compression) if report.compression else []
-    if report.exam: findings += _exam_findings(report.exam)
-    return findings + _quantization_findings(report.variants, report.exam)
+    conclusions = _prediction_conclusions(report.compression) if report.compression else []
+    if report.exam: conclusions += _exam_conclusions(report.exam)
+    return conclusions + _quantization_conclusions(report.variants, report.exam)
 
 # %% ../../nbs/92_insight.report.ipynb #5d06b6da
 def caveats(
