@@ -43,17 +43,6 @@ O200K_PATTERN = "|".join([
 
 # %% ../../nbs/13_tokenization.bpe.ipynb #ed57f3ad
 _KNOWN = (GPT2_PATTERN, GPT4_PATTERN, O200K_PATTERN)
-_ASCII = {"L": "a-zA-Z", "N": "0-9", "Lu": "A-Z", "Ll": "a-z", "Lt": "", "Lm": "", "Lo": "", "M": ""}
-
-def _ascii_twin(
-    pattern: str, # one of the three above
-) -> re.Pattern[str] | None: # None where Python's `re` can't do it
-    "The pattern's meaning for ASCII text, for the faster engine."
-    in_brackets = re.sub(r"\[[^\]]*\]", lambda match: re.sub(r"\\p\{(\w+)\}", lambda name: _ASCII[name[1]], match[0]), pattern)
-    try:
-        return re.compile(re.sub(r"\\p\{(\w+)\}", lambda name: f"[{_ASCII[name[1]]}]", in_brackets), re.ASCII)
-    except re.error: # no possessive quantifiers before Python 3.11
-        return None
 
 def covering(
     pattern: str, # how to cut text
@@ -69,6 +58,20 @@ def covering(
         raise InputError("the split pattern has a capturing group", where=pattern, fix="write (?:…) instead of (…)")
     return rf"{pattern}|[\s\S]"
 
+# %% ../../nbs/13_tokenization.bpe.ipynb #bf5b1038
+_ASCII = {"L": "a-zA-Z", "N": "0-9", "Lu": "A-Z", "Ll": "a-z", "Lt": "", "Lm": "", "Lo": "", "M": ""}
+
+def _ascii_twin(
+    pattern: str, # one of the three above
+) -> re.Pattern[str] | None: # None where Python's `re` can't do it
+    "The pattern's meaning for ASCII text, for the faster engine."
+    in_brackets = re.sub(r"\[[^\]]*\]", lambda match: re.sub(r"\\p\{(\w+)\}", lambda name: _ASCII[name[1]], match[0]), pattern)
+    try:
+        return re.compile(re.sub(r"\\p\{(\w+)\}", lambda name: f"[{_ASCII[name[1]]}]", in_brackets), re.ASCII)
+    except re.error: # no possessive quantifiers before Python 3.11
+        return None
+
+# %% ../../nbs/13_tokenization.bpe.ipynb #721ef6bd
 @functools.lru_cache
 def splitter(
     pattern: str, # how to cut text
@@ -81,7 +84,7 @@ def splitter(
     ascii_only = twin.findall
     return lambda text: ascii_only(text) if text.isascii() else general(text)
 
-# %% ../../nbs/13_tokenization.bpe.ipynb #f045be07
+# %% ../../nbs/13_tokenization.bpe.ipynb #53f78c51
 def _count_batch(
     pattern: str, # how to cut
     texts: Sequence[str], # one worker's share
@@ -93,12 +96,16 @@ def _count_batch(
         counts.update(split(text))
     return counts
 
+# %% ../../nbs/13_tokenization.bpe.ipynb #73646b9c
 def _batches(
     texts: Iterable[str], # of any lengths
     characters: int = 1_000_000, # about how many per batch
 ) -> Iterator[list[str]]:
-    "Group texts, so that each batch is worth sending to a worker."
-    batch, size = [], 0
+    "Group texts, so that each batch is worth sending to a worker. Raises `InputError` for a single string."
+    if isinstance(texts, str):
+        raise InputError("expected several texts, got one", fix="pass [text]")
+    batch: list[str] = []
+    size = 0
     for text in texts:
         batch.append(text)
         size += len(text)
@@ -133,16 +140,17 @@ def _symbols(
 def _pair_index(
     words: Sequence[str], # chunks as symbols
     counts: Sequence[int], # how often each occurs
-) -> tuple[dict[str, int], dict[str, set[int]]]: # pair → its count, pair → the words that have it
+) -> tuple[dict[str, int], dict[str, list[int]]]: # pair → its count, pair → the words that have it
     "Count all pairs and note where they are."
     pairs: dict[str, int] = defaultdict(int)
-    where: dict[str, set[int]] = defaultdict(set)
+    where: dict[str, list[int]] = defaultdict(list)
     for number, (word, count) in enumerate(zip(words, counts, strict=True)):
         for pair in map(str.__add__, word, word[1:]):
             pairs[pair] += count
-            where[pair].add(number)
+            where[pair].append(number)
     return pairs, where
 
+# %% ../../nbs/13_tokenization.bpe.ipynb #3f58f57a
 def _pop_best(
     heap: list[tuple[int, str]], # (−count, pair), some outdated
     pairs: Mapping[str, int], # what the counts are now
@@ -157,14 +165,14 @@ def _pop_best(
             heapq.heappush(heap, (-count, pair))
     return None
 
-# %% ../../nbs/13_tokenization.bpe.ipynb #3f58f57a
+# %% ../../nbs/13_tokenization.bpe.ipynb #2d416b13
 def _merge_everywhere(
     pair: str, # two symbols
     new: str, # the symbol that replaces them
     words: list[str], # changed in place
     counts: Sequence[int], # of the words
-    where: dict[str, set[int]], # the index; gains the new pairs
-) -> dict[str, int]: # how the counts of other pairs change
+    where: dict[str, list[int]], # the index; gains the new pairs
+) -> dict[str, int]: # by how much the counts of pairs change
     "Replace a pair in all words that have it."
     first, second = pair[0], pair[1]
     changes: dict[str, int] = defaultdict(int)
@@ -175,22 +183,21 @@ def _merge_everywhere(
             continue
         count = counts[number]
         word = words[number] = old.replace(pair, new)
-        if len(old) - len(word) > 1: # more than one replaced
-            for gone in map(str.__add__, old, old[1:]):
-                changes[gone] -= count
-            made = list(map(str.__add__, word, word[1:]))
-        else:
-            made = []
+        if len(old) - len(word) == 1:
             if at:
                 changes[old[at - 1] + first] -= count
-                made.append(old[at - 1] + new)
+                changes[made := old[at - 1] + new] += count
+                where[made].append(number)
             if at + 1 < len(word):
                 changes[second + word[at + 1]] -= count
-                made.append(new + word[at + 1])
-        for neighbors in made:
-            changes[neighbors] += count
-            where[neighbors].add(number)
-    changes.pop(pair, None)
+                changes[made := new + word[at + 1]] += count
+                where[made].append(number)
+            continue
+        for gone in map(str.__add__, old, old[1:]):
+            changes[gone] -= count
+        for made in map(str.__add__, word, word[1:]):
+            changes[made] += count
+            where[made].append(number)
     return changes
 
 # %% ../../nbs/13_tokenization.bpe.ipynb #b7861a19
@@ -200,8 +207,6 @@ def learn_merges(
     progress: bool = False, # show a bar
 ) -> list[tuple[int, int]]: # pairs of ids; the first makes id 256. Fewer if nothing is left to merge
     "Byte-pair encoding's training (Sennrich et al. 2016). Independent of the order of the chunks."
-    if n_merges + 256 > _LARGEST:
-        raise InputError(f"{n_merges} merges are too many", fix=f"use at most {_LARGEST - 256}")
     words, totals = [_symbols(chunk) for chunk in counts], list(counts.values())
     pairs, where = _pair_index(words, totals)
     heap = [(-count, pair) for pair, count in pairs.items()]
@@ -234,50 +239,20 @@ def _encode_short(
     made: Mapping[tuple[int, int], int], # pair → the id it becomes
 ) -> list[int]:
     "Apply merges, the earliest first, the leftmost of equals. Quadratic in the length."
+    get = made.get
     ids = list(data)
-    found = [made.get(pair, _NO_MERGE) for pair in itertools.pairwise(ids)]
+    found = [get(pair, _NO_MERGE) for pair in zip(ids, ids[1:])] # noqa: B905 (one shorter on purpose)
     while found and (new := min(found)) != _NO_MERGE:
         at = found.index(new)
         ids[at] = new
         del ids[at + 1], found[at]
         if at:
-            found[at - 1] = made.get((ids[at - 1], new), _NO_MERGE)
+            found[at - 1] = get((ids[at - 1], new), _NO_MERGE)
         if at < len(found):
-            found[at] = made.get((new, ids[at + 1]), _NO_MERGE)
+            found[at] = get((new, ids[at + 1]), _NO_MERGE)
     return ids
 
 # %% ../../nbs/13_tokenization.bpe.ipynb #59460818
-def _encode_long(
-    data: bytes, # a chunk of any length
-    made: Mapping[tuple[int, int], int], # pair → the id it becomes
-) -> list[int]:
-    "The same ids as `_encode_short`, in time that grows with the length and the number of merges."
-    ids, n = list(data), len(data)
-    left, right = list(range(-1, n - 1)), list(range(1, n + 1))
-    waiting: dict[int, list[int]] = defaultdict(list) # new id → places of its left part
-    for at, pair in enumerate(itertools.pairwise(ids)):
-        if pair in made:
-            waiting[made[pair]].append(at)
-    parts = {new: pair for pair, new in made.items()}
-    order = list(waiting)
-    heapq.heapify(order)
-    while order:
-        new = heapq.heappop(order)
-        first, second = parts[new]
-        for at in sorted(waiting.pop(new)):
-            after = right[at]
-            if ids[at] != first or after == n or ids[after] != second:
-                continue
-            ids[at], ids[after] = new, -1
-            after = right[at] = right[after]
-            before = left[at]
-            if after < n:
-                left[after] = at
-                _wait(made.get((new, ids[after])), at, waiting, order)
-            if before >= 0:
-                _wait(made.get((ids[before], new)), before, waiting, order)
-    return [i for i in ids if i >= 0]
-
 def _wait(
     new: int | None, # what a pair becomes, if anything
     at: int, # where its left part is
@@ -290,8 +265,37 @@ def _wait(
             heapq.heappush(order, new)
         waiting[new].append(at)
 
-# %% ../../nbs/13_tokenization.bpe.ipynb #564251cd
-_LONG = 64 # bytes from which on the quadratic way loses
+def _encode_long(
+    data: bytes, # a chunk of any length
+    made: Mapping[tuple[int, int], int], # pair → the id it becomes
+) -> list[int]:
+    "The same ids as `_encode_short`, in time that grows with the length and the number of merges."
+    ids, n = list(data), len(data)
+    left, right = list(range(-1, n - 1)), list(range(1, n + 1))
+    waiting: dict[int, list[int]] = defaultdict(list) # new id → places of its left part
+    order: list[int] = []
+    for at in range(n - 1):
+        _wait(made.get((ids[at], ids[at + 1])), at, waiting, order)
+    parts = {new: pair for pair, new in made.items()}
+    while order:
+        new = heapq.heappop(order)
+        first, second = parts[new]
+        for at in sorted(waiting.pop(new)):
+            gone = right[at]
+            if ids[at] != first or gone == n or ids[gone] != second:
+                continue
+            ids[at], ids[gone] = new, -1
+            before, after = left[at], right[gone]
+            right[at] = after
+            if after < n:
+                left[after] = at
+                _wait(made.get((new, ids[after])), at, waiting, order)
+            if before >= 0:
+                _wait(made.get((ids[before], new)), before, waiting, order)
+    return [i for i in ids if i >= 0]
+
+# %% ../../nbs/13_tokenization.bpe.ipynb #a95c366f
+_LONG = 64 # bytes from which on the quadratic way may lose
 
 class _ChunkCache(dict[str, tuple[int, ...]]):
     "Chunk → ids; computes what it doesn't have."
@@ -335,6 +339,24 @@ def _token_table(
     return tokens
 
 # %% ../../nbs/13_tokenization.bpe.ipynb #932dc190
+def _learn_exactly(
+    counts: Mapping[str, int], # chunk → how often it occurs
+    vocab_size: int, # of the whole tokenizer
+    n_special: int, # special tokens in it
+    progress: bool, # show a bar
+) -> list[tuple[int, int]]: # vocab_size − 256 − n_special merges
+    "Merges that fill a vocabulary. Raises `InputError` if its size is impossible, or the text too short for it."
+    n_merges = vocab_size - 256 - n_special
+    if n_merges < 0 or vocab_size > _LARGEST:
+        least = f"256 bytes and {n_special} special tokens need {256 + n_special}"
+        raise InputError(f"vocab_size {vocab_size} is out of range", fix=f"{least}, the most is {_LARGEST}")
+    merges = learn_merges(counts, n_merges, progress)
+    if len(merges) < n_merges:
+        enough = 256 + len(merges) + n_special
+        raise InputError(f"too little text for {vocab_size} tokens", fix=f"give more text, or vocab_size at most {enough}")
+    return merges
+
+# %% ../../nbs/13_tokenization.bpe.ipynb #58277b05
 class BPETokenizer(BaseTokenizer):
     "Byte-level byte-pair encoding. Ids: the 256 bytes, the merges in order, the special tokens."
     kind = "bpe"
@@ -345,12 +367,10 @@ class BPETokenizer(BaseTokenizer):
         pattern: str = GPT4_PATTERN, # how text is cut before
         special_tokens: Sequence[str] = (), # names; their ids come last
     ) -> None:
-        self.merges = tuple((first, second) for first, second in merges)
+        self.merges, self.pattern = tuple((first, second) for first, second in merges), pattern
         tokens = _token_table(self.merges)
         super().__init__(tokens, special_tokens)
-        self.pattern = pattern
-        self._split = splitter(pattern)
-        self._chunks = _ChunkCache(tokens, self.merges)
+        self._split, self._chunks = splitter(pattern), _ChunkCache(tokens, self.merges)
 
     @classmethod
     def train(
@@ -364,14 +384,8 @@ class BPETokenizer(BaseTokenizer):
         progress: bool = False, # show bars
     ) -> "Self":
         "Learn merges from texts. Raises `InputError` if there is too little text for so many tokens."
-        if isinstance(texts, str):
-            raise InputError("expected several texts, got one", fix="pass [text]")
-        n_merges = _merges_for(vocab_size, len(special_tokens))
-        merges = learn_merges(count_chunks(texts, pattern, workers, progress), n_merges, progress)
-        if len(merges) < n_merges:
-            enough = vocab_size - n_merges + len(merges)
-            raise InputError(f"too little text for {vocab_size} tokens", fix=f"give more text, or vocab_size at most {enough}")
-        return cls(merges, pattern, special_tokens)
+        counts = count_chunks(texts, pattern, workers, progress)
+        return cls(_learn_exactly(counts, vocab_size, len(special_tokens), progress), pattern, special_tokens)
 
     def _encode_plain(self, text: str) -> list[int]:
         return list(itertools.chain.from_iterable(map(self._chunks.__getitem__, self._split(text))))
@@ -379,35 +393,17 @@ class BPETokenizer(BaseTokenizer):
     def _settings(self) -> dict[str, object]:
         return {"merges": [list(pair) for pair in self.merges], "pattern": self.pattern, "special_tokens": list(self.special_tokens)}
 
-    @classmethod
-    def _from_settings(cls, settings: Mapping[str, object]) -> "Self":
-        return cls(**settings) # type: ignore[arg-type] # what is wrong raises
+    def to_tiktoken(self) -> "Encoding":
+        "The same tokenizer for tiktoken. Raises `InputError` if that isn't installed."
+        return _to_tiktoken(self)
 
     def to_hf(self) -> "PreTrainedTokenizerFast":
         "The same tokenizer for transformers. Raises `InputError` if that isn't installed."
         return _to_hf(self)
 
-    def to_tiktoken(
-        self,
-        name: str = "mmie", # shown by tiktoken
-    ) -> "Encoding":
-        "The same tokenizer for tiktoken. Raises `InputError` if that isn't installed."
-        return _to_tiktoken(self, name)
-
-def _merges_for(
-    vocab_size: int, # of the whole tokenizer
-    n_special: int, # special tokens in it
-) -> int: # merges to learn
-    "How many merges are needed. Raises `InputError` if there's no room for the bytes, or more than `chr` can write."
-    if not 256 + n_special <= vocab_size <= _LARGEST:
-        least = f"256 bytes and {n_special} special tokens need {256 + n_special}"
-        raise InputError(f"vocab_size {vocab_size} is out of range", fix=f"{least}, the most is {_LARGEST}")
-    return vocab_size - 256 - n_special
-
 # %% ../../nbs/13_tokenization.bpe.ipynb #954b3bd9
 def _to_tiktoken(
     tokenizer: BPETokenizer, # ours
-    name: str, # shown by tiktoken
 ) -> "Encoding":
     "Ranks are ids."
     try:
@@ -415,7 +411,7 @@ def _to_tiktoken(
     except ImportError as error:
         raise InputError("tiktoken is not installed", fix="pip install tiktoken") from error
     ranks = {tokenizer.decode_bytes([i]): i for i in range(256 + len(tokenizer.merges))}
-    return tiktoken.Encoding(name, pat_str=covering(tokenizer.pattern), mergeable_ranks=ranks, special_tokens=tokenizer.special_tokens)
+    return tiktoken.Encoding("mmie", pat_str=covering(tokenizer.pattern), mergeable_ranks=ranks, special_tokens=tokenizer.special_tokens)
 
 # %% ../../nbs/13_tokenization.bpe.ipynb #0cf02a6c
 def _to_hf(
@@ -439,25 +435,24 @@ def _to_hf(
         raise InputError("a special token is spelled like an ordinary one, which Hugging Face can't hold", fix="rename it")
     return PreTrainedTokenizerFast(tokenizer_object=theirs, clean_up_tokenization_spaces=False)
 
-# %% ../../nbs/13_tokenization.bpe.ipynb #5ee007da
+# %% ../../nbs/13_tokenization.bpe.ipynb #148e80f8
 def merge_steps(
     tokenizer: BPETokenizer, # whose merges
     text: str, # a short one
 ) -> list[list[bytes]]: # the pieces before the first merge, after it, …, at the end
     "The stages of encoding a text, one merge at a time, earliest first."
     made = {pair: i for i, pair in enumerate(tokenizer.merges, 256)}
-    chunks = [list(chunk.encode("utf-8")) for chunk in splitter(tokenizer.pattern)(text)]
+    chunks = [_symbols(chunk) for chunk in splitter(tokenizer.pattern)(text)]
     states = []
     while True:
-        states.append([tokenizer.decode_bytes([i]) for ids in chunks for i in ids])
-        new = min((made.get(pair, _NO_MERGE) for ids in chunks for pair in itertools.pairwise(ids)), default=_NO_MERGE)
-        if new == _NO_MERGE:
+        states.append([tokenizer.decode_bytes([ord(symbol)]) for symbols in chunks for symbol in symbols])
+        pairs = {(ord(a), ord(b)) for symbols in chunks for a, b in itertools.pairwise(symbols)}
+        best = min(pairs & made.keys(), key=made.__getitem__, default=None)
+        if best is None:
             return states
-        first, second = map(chr, tokenizer.merges[new - 256])
-        joined = ("".join(map(chr, ids)).replace(first + second, chr(new)) for ids in chunks)
-        chunks = [list(map(ord, symbols)) for symbols in joined]
+        chunks = [symbols.replace(chr(best[0]) + chr(best[1]), chr(made[best])) for symbols in chunks]
 
-# %% ../../nbs/13_tokenization.bpe.ipynb #bebbdf23
+# %% ../../nbs/13_tokenization.bpe.ipynb #fa14c3cd
 def merge_figure(
     tokenizer: BPETokenizer, # whose merges
     text: str, # about thirty characters at most, to be legible
@@ -466,7 +461,8 @@ def merge_figure(
     from mmie.figures import INK, PALETTE, figure
     states = merge_steps(tokenizer, text)
     fig, ax = figure(height=0.27 * len(states) + 0.6)
-    known: set[tuple[int, int]] = {(at, at + 1) for at in range(len(text.encode("utf-8")))}
+    n = sum(map(len, states[0]))
+    known = {(at, at + 1) for at in range(n)}
     for row, state in enumerate(states):
         ends = list(itertools.accumulate(map(len, state)))
         spans = {(end - len(piece), end): piece for end, piece in zip(ends, state, strict=True)}
@@ -476,7 +472,6 @@ def merge_figure(
             shown = piece.decode("utf-8", "replace").replace(" ", "␣").replace("\n", "↵")
             ax.text((start + end) / 2, row, shown, ha="center", va="center", color=ink, fontsize=8, fontfamily="monospace")
         known = set(spans)
-    ax.set(xlim=(0, len(text.encode("utf-8"))), ylim=(len(states) - 0.5, -0.5), xticks=[], yticks=range(len(states)))
-    ax.set(ylabel="merges done", title="From bytes to tokens")
+    ax.set(xlim=(0, n), ylim=(len(states) - 0.5, -0.5), xticks=[], yticks=range(len(states)), ylabel="merges done", title="From bytes to tokens")
     ax.grid(False)
     return fig

@@ -56,7 +56,7 @@ def _pack(
     fix = "use tensors, numbers, text, lists and dictionaries"
     raise InputError(f"a checkpoint cannot hold a {type(value).__name__}", where=where, fix=fix)
 
-# %% ../../nbs/42_training.checkpoint.ipynb #3d538ee9
+# %% ../../nbs/42_training.checkpoint.ipynb #5b34486d
 def _number(
     tensor: Tensor, # a leaf
     tensors: dict[str, Tensor], # collects the tensors, by number
@@ -73,7 +73,7 @@ def _number(
     tensors[number] = whole
     return number
 
-
+# %% ../../nbs/42_training.checkpoint.ipynb #635e91f9
 def _unpack(
     value: object, # what JSON gave
     tensors: Mapping[str, Tensor], # by number
@@ -104,7 +104,7 @@ class CheckpointInfo:
     metric: float | None # held-out loss or another number where less is better
     bytes: int # of its files
 
-
+# %% ../../nbs/42_training.checkpoint.ipynb #2c0084bf
 def _sync_folder(
     folder: Path, # whose entries should be on the disk
 ) -> None:
@@ -187,7 +187,7 @@ def save_checkpoint(
         _write_files(temporary, state, step, metric if metric is not None and math.isfinite(metric) else None)
         temporary.rename(target)
         _sync_folder(folder)
-        _prune(folder, max(1, keep_last))
+        _prune(folder, max(1, keep_last), step)
     except (OSError, SafetensorError) as error:
         good = latest_checkpoint(folder)
         kept = f"the last good checkpoint is {good.name}" if good else "there is no earlier checkpoint"
@@ -216,7 +216,7 @@ def checkpoint_info(
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"not a whole checkpoint: {error}", where=str(path), fix="use an older checkpoint") from error
 
-
+# %% ../../nbs/42_training.checkpoint.ipynb #09b3fe80
 def _whole(
     folder: Path, # of a run
 ) -> Iterator[CheckpointInfo]: # newest first
@@ -227,7 +227,7 @@ def _whole(
         except InputError as error:
             logger.warning("skipping a checkpoint: %s", error)
 
-# %% ../../nbs/42_training.checkpoint.ipynb #083a43d2
+
 def latest_checkpoint(
     folder: str | Path, # of a run; may be missing
 ) -> Path | None: # the newest whole checkpoint
@@ -242,7 +242,7 @@ def best_checkpoint(
     scored = [(info.metric, info.step, info.path) for info in _whole(Path(folder)) if info.metric is not None]
     return min(scored)[2] if scored else None
 
-
+# %% ../../nbs/42_training.checkpoint.ipynb #e7d8cc8d
 def load_checkpoint(
     path: str | Path, # a checkpoint's folder
 ) -> dict[str, State]: # the tree that was saved, tensors on the CPU
@@ -266,14 +266,15 @@ def _manifest_metric(
 def _prune(
     folder: Path, # of a run
     keep_last: int, # at least one
+    step: int, # just saved
 ) -> None:
-    "Remove all but the newest steps and the best; of a step saved twice only the newer stays."
+    "Remove all but the newest steps and the best; of a step saved twice only the newer stays. Later steps are not touched."
     newest: dict[str, Path] = {} # step → its newest attempt
     for path in _candidates(folder):
         newest.setdefault(path.name[:14], path)
-    order = list(newest.values())
-    scored = [p for p in reversed(order) if _manifest_metric(p) < math.inf]
+    order = [path for name, path in newest.items() if name <= f"step-{step:09d}"]
+    scored = [p for p in reversed(newest.values()) if _manifest_metric(p) < math.inf]
     keep = {*order[:keep_last], *([min(scored, key=_manifest_metric)] if scored else [])}
     for path in _candidates(folder):
-        if path not in keep:
+        if path not in keep and path.name[:14] <= f"step-{step:09d}":
             shutil.rmtree(path.rename(folder / f".removed-{path.name}"))
