@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..core import InputError, default_dtype, inference, resolve_device, seed_everything, training_mode
 from ..models.decoder import next_token_loss
-from .checkpoint import State, latest_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import State, checkpoint_info, latest_checkpoint, load_checkpoint, save_checkpoint
 from .data import Batch, BatchSource, TokenFile, evaluation_windows
 from .optim import OptimConfig, build_optimizer
 
@@ -620,6 +620,9 @@ def _begin(
         logger.info("going on from step %d (%s)", trainer.step, found)
     elif trainer.step == 0:
         seed_everything(trainer.config.seed)
+    newest = latest_checkpoint(trainer.folder) if trainer.folder else None
+    if newest and (step := checkpoint_info(newest).step) > trainer.step:
+        raise InputError(f"the folder already holds step {step} of a run", where=str(trainer.folder), fix="resume it, or choose another folder")
 
 
 def _restore(
