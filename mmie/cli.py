@@ -78,9 +78,9 @@ def _version(
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")] = False,
-    log_level: Annotated[str, typer.Option(help="How much to say on standard error: DEBUG, INFO, WARNING or ERROR.")] = "WARNING",
-    log_json: Annotated[bool, typer.Option(help="Log as JSON lines.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")] = False, # show it and stop
+    log_level: Annotated[str, typer.Option(help="How much to say on standard error: DEBUG, INFO, WARNING or ERROR.")] = "WARNING", # least severe message shown
+    log_json: Annotated[bool, typer.Option(help="Log as JSON lines.")] = False, # as JSON lines
 ) -> None:
     "Options that every command shares."
     configure_logging(log_level, json=log_json)
@@ -99,12 +99,12 @@ Preset = Annotated[str, typer.Option("--preset", help="Sizes and lengths that fi
 # %% ../nbs/94_cli.ipynb #fa50af7e
 @app.command(epilog="Your own text:  mmie run --corpus notes/ --corpus book.txt --out runs/mine")
 def run(
-    out: Out,
-    preset: Preset = "tiny",
-    corpus: Corpus = [], # noqa: B006
-    questions: Questions = None,
-    config: Config = None,
-    seed: Seed = None,
+    out: Out, # where the result goes
+    preset: Preset = "tiny", # sizes and lengths
+    corpus: Corpus = [], # text to learn from # noqa: B006
+    questions: Questions = None, # pairs to learn
+    config: Config = None, # file with other settings
+    seed: Seed = None, # of all randomness
 ) -> None:
     """Raise a model from text to report: corpus, tokenizer, pretraining, fine-tuning, int8, exam.
 
@@ -124,11 +124,11 @@ def _given(
 # %% ../nbs/94_cli.ipynb #35a03919
 @app.command(epilog="Example:  mmie corpus --corpus notes/ --out work/corpus")
 def corpus(
-    out: Out,
-    corpus: Corpus = [], # noqa: B006
-    package: Annotated[list[str], typer.Option(help="Without --corpus: whose documentation to collect; \"python\" is the standard library.")] = ["python"], # noqa: B006
-    heldout: Annotated[float, typer.Option(help="Share of the text to set aside for judging the model.")] = 0.05,
-    seed: Seed = None,
+    out: Out, # where the result goes
+    corpus: Corpus = [], # text to learn from # noqa: B006
+    package: Annotated[list[str], typer.Option(help="Without --corpus: whose documentation to collect; \"python\" is the standard library.")] = ["python"], # whose documentation # noqa: B006
+    heldout: Annotated[float, typer.Option(help="Share of the text to set aside for judging the model.")] = 0.05, # share, 0 to 1
+    seed: Seed = None, # of all randomness
 ) -> None:
     """Collect text and set some of it aside.
 
@@ -149,10 +149,10 @@ def _tell(
 # %% ../nbs/94_cli.ipynb #46223591
 @tokenizer_app.command("train", epilog="Example:  mmie tokenizer train --corpus notes/ --vocab-size 4096 --out work/tokenizer")
 def tokenizer_train(
-    corpus: Corpus,
-    out: Out,
-    vocab_size: Annotated[int, typer.Option(min=300, help="Number of tokens, special ones included. More means shorter sequences and a larger model.")] = 2048,
-    seed: Seed = None,
+    corpus: Corpus, # text to learn from
+    out: Out, # where the result goes
+    vocab_size: Annotated[int, typer.Option(min=300, help="Number of tokens, special ones included. More means shorter sequences and a larger model.")] = 2048, # tokens
+    seed: Seed = None, # of all randomness
 ) -> None:
     "Learn a byte-level BPE vocabulary from text."
     from mmie.lifecycle import make_tokenizer
@@ -161,9 +161,9 @@ def tokenizer_train(
 
 @tokenizer_app.command("encode", epilog="Example:  mmie tokenizer encode --tokenizer runs/tiny/tokenizer \"Hello, world\"")
 def tokenizer_encode(
-    tokenizer: Tokenizer,
-    text: Annotated[str | None, typer.Argument(help="What to encode; standard input when it is left out.")] = None,
-    pieces: Annotated[bool, typer.Option("--pieces", help="Show each token's text beside its number.")] = False,
+    tokenizer: Tokenizer, # folder
+    text: Annotated[str | None, typer.Argument(help="What to encode; standard input when it is left out.")] = None, # to encode
+    pieces: Annotated[bool, typer.Option("--pieces", help="Show each token's text beside its number.")] = False, # show the text of each token
 ) -> None:
     "Turn text into token ids, as one JSON list."
     from mmie.tokenization.base import load_tokenizer
@@ -178,8 +178,8 @@ def tokenizer_encode(
 
 @tokenizer_app.command("decode", epilog="Example:  echo '[72, 105]' | mmie tokenizer decode --tokenizer runs/tiny/tokenizer")
 def tokenizer_decode(
-    tokenizer: Tokenizer,
-    ids: Annotated[list[str] | None, typer.Argument(help="Token ids; standard input when they are left out, as numbers or a JSON list.")] = None,
+    tokenizer: Tokenizer, # folder
+    ids: Annotated[list[str] | None, typer.Argument(help="Token ids; standard input when they are left out, as numbers or a JSON list.")] = None, # to decode
 ) -> None:
     "Turn token ids back into text."
     from mmie.tokenization.base import load_tokenizer
@@ -202,13 +202,13 @@ def _standard_input() -> str:
 # %% ../nbs/94_cli.ipynb #ec09b848
 @app.command(epilog="Example:  mmie train --corpus work/corpus --tokenizer work/tokenizer --out work/model")
 def train(
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    out: Out,
-    preset: Preset = "tiny",
-    config: Config = None,
-    steps: Steps = None,
-    seed: Seed = None,
+    corpus: Corpus, # text to learn from
+    tokenizer: Tokenizer, # folder
+    out: Out, # where the result goes
+    preset: Preset = "tiny", # sizes and lengths
+    config: Config = None, # file with other settings
+    steps: Steps = None, # optimizer steps
+    seed: Seed = None, # of all randomness
 ) -> None:
     """Pretrain a decoder on text.
 
@@ -221,13 +221,13 @@ def train(
 
 @app.command(epilog="Your own questions:  mmie finetune --model work/model --questions faq.jsonl --out work/assistant")
 def finetune(
-    model: Model,
-    out: Out,
-    questions: Questions = None,
-    preset: Preset = "tiny",
-    config: Config = None,
-    steps: Steps = None,
-    seed: Seed = None,
+    model: Model, # folder
+    out: Out, # where the result goes
+    questions: Questions = None, # pairs to learn
+    preset: Preset = "tiny", # sizes and lengths
+    config: Config = None, # file with other settings
+    steps: Steps = None, # optimizer steps
+    seed: Seed = None, # of all randomness
 ) -> None:
     """Teach a pretrained model to answer questions.
 
@@ -241,14 +241,14 @@ def finetune(
 # %% ../nbs/94_cli.ipynb #841afed1
 @app.command(epilog="Ask:  mmie generate --model runs/tiny/finetune --ask \"What does len do?\"")
 def generate(
-    model: Model,
-    prompt: Annotated[str | None, typer.Argument(help="What to continue, or with --ask what to answer; standard input when left out.")] = None,
-    ask: Annotated[bool, typer.Option("--ask", help="Treat the prompt as a question for a fine-tuned model.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token; 1 draws as the model believes.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among this many tokens.")] = 50,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Draw among the fewest tokens that hold this share.")] = None,
-    seed: Seed = None,
+    model: Model, # folder
+    prompt: Annotated[str | None, typer.Argument(help="What to continue, or with --ask what to answer; standard input when left out.")] = None, # to continue or to answer
+    ask: Annotated[bool, typer.Option("--ask", help="Treat the prompt as a question for a fine-tuned model.")] = False, # whether it is a question
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 100, # at most
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token; 1 draws as the model believes.")] = 0.8, # 0 is greedy
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among this many tokens.")] = 50, # tokens to draw among
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Draw among the fewest tokens that hold this share.")] = None, # share to draw among
+    seed: Seed = None, # of all randomness
 ) -> None:
     "Let a model write."
     from mmie.lifecycle import EOS, load_pair
@@ -266,9 +266,9 @@ def generate(
 # %% ../nbs/94_cli.ipynb #c51d7719
 @app.command(epilog="Example:  mmie quantize --model runs/tiny/finetune --out work/int8")
 def quantize(
-    model: Model,
-    out: Out,
-    method: Annotated[str, typer.Option(help="How: int8_weight stores each weight in 8 bits.")] = "int8_weight",
+    model: Model, # folder
+    out: Out, # where the result goes
+    method: Annotated[str, typer.Option(help="How: int8_weight stores each weight in 8 bits.")] = "int8_weight", # how to store the weights
 ) -> None:
     "Write a smaller copy of a model."
     from mmie.lifecycle import quantize_pair
@@ -277,11 +277,11 @@ def quantize(
 
 @app.command(epilog="Example:  mmie baselines --corpus work/corpus --tokenizer work/tokenizer --out work/baselines")
 def baselines(
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    out: Out,
-    order: Annotated[int, typer.Option(min=1, help="Symbols an n-gram spans.")] = 5,
-    seed: Seed = None,
+    corpus: Corpus, # text to learn from
+    tokenizer: Tokenizer, # folder
+    out: Out, # where the result goes
+    order: Annotated[int, typer.Option(min=1, help="Symbols an n-gram spans.")] = 5, # symbols of an n-gram
+    seed: Seed = None, # of all randomness
 ) -> None:
     "Score held-out text with lzma and n-grams: the bar a model has to clear."
     from mmie.lifecycle import set_the_bar
@@ -290,13 +290,13 @@ def baselines(
 
 @app.command(epilog="Example:  mmie exam --corpus runs/tiny/corpus --pretrained runs/tiny/pretrain --fine-tuned runs/tiny/finetune --int8 runs/tiny/quantize --out work/exam")
 def exam(
-    corpus: Annotated[Path, typer.Option(help="Folder that `mmie corpus` wrote.")],
-    pretrained: Annotated[Path, typer.Option(help="Folder of the pretrained model.")],
-    fine_tuned: Annotated[Path, typer.Option(help="Folder of the assistant.")],
-    int8: Annotated[Path, typer.Option(help="Folder of the quantized assistant.")],
-    out: Out,
-    questions: Questions = None,
-    seed: Seed = None,
+    corpus: Annotated[Path, typer.Option(help="Folder that `mmie corpus` wrote.")], # text to learn from
+    pretrained: Annotated[Path, typer.Option(help="Folder of the pretrained model.")], # folder
+    fine_tuned: Annotated[Path, typer.Option(help="Folder of the assistant.")], # folder
+    int8: Annotated[Path, typer.Option(help="Folder of the quantized assistant.")], # folder
+    out: Out, # where the result goes
+    questions: Questions = None, # pairs to learn
+    seed: Seed = None, # of all randomness
 ) -> None:
     "Ask every age of a model the same questions, and measure sizes and speeds."
     from mmie.lifecycle import examine
@@ -305,7 +305,7 @@ def exam(
 
 @app.command(epilog="Example:  mmie report --run runs/tiny")
 def report(
-    run: Annotated[Path, typer.Option(help="Folder of a run, as `mmie run` writes it; it may be unfinished.")],
+    run: Annotated[Path, typer.Option(help="Folder of a run, as `mmie run` writes it; it may be unfinished.")], # folder
 ) -> None:
     "Write report.html anew from what a run has recorded."
     from mmie.lifecycle import write_run_report

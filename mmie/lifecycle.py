@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CORPUS', 'MINIMUM_BYTES', 'TOKENIZER', 'EOS', 'RUN_PRESETS', 'PRETRAIN', 'BASELINES', 'FINETUNE', 'QUANTIZE', 'EXAM',
            'SAMPLING', 'RUN', 'STAGES', 'Mark', 'claim_folder', 'Made', 'Finished', 'Stage', 'make_corpus',
-           'load_corpus', 'make_tokenizer', 'StageConfig', 'RunConfig', 'run_config', 'save_pair', 'load_pair',
-           'new_model', 'pretrain', 'set_the_bar', 'finetuning_pairs', 'finetune', 'quantize_pair', 'openings',
+           'load_corpus', 'make_tokenizer', 'StageConfig', 'RunConfig', 'run_config', 'new_model', 'save_pair',
+           'load_pair', 'pretrain', 'set_the_bar', 'finetuning_pairs', 'finetune', 'quantize_pair', 'openings',
            'continue_text', 'decoding_speed', 'examine', 'run_stages', 'assemble', 'write_run_report', 'run_life']
 
 # %% ../nbs/93_lifecycle.ipynb #3eb9056e
@@ -185,6 +185,14 @@ def _read_documents(
     rows = map(json.loads, path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
     return [Document(row["name"], row["text"]) for row in rows]
 
+def _enough(
+    documents: list[Document],
+    paths: Sequence[str | Path], # where they are from
+) -> list[Document]: # the same
+    if (size := corpus_bytes(documents)) < MINIMUM_BYTES:
+        raise InputError(f"too little text: {format_bytes(size)}", where=", ".join(map(str, paths)), fix=f"give at least {format_bytes(MINIMUM_BYTES)}")
+    return documents
+
 # %% ../nbs/93_lifecycle.ipynb #ea27decf
 def make_corpus(
     out: Path, # gets train.jsonl and heldout.jsonl
@@ -196,9 +204,7 @@ def make_corpus(
 ) -> Finished:
     "Collect the text of a run. Raises `InputError` for unreadable files and for too little text."
     def work(folder: Path) -> Made:
-        documents = read_corpus(list(paths)) if paths else python_docs(packages)
-        if (size := corpus_bytes(documents)) < MINIMUM_BYTES:
-            raise InputError(f"too little text: {format_bytes(size)}", where=", ".join(map(str, paths)), fix=f"give at least {format_bytes(MINIMUM_BYTES)}")
+        documents = _enough(read_corpus(list(paths)), paths) if paths else python_docs(packages)
         train, valid = split_documents(documents, heldout, seed)
         _write_documents(folder / "train.jsonl", train)
         _write_documents(folder / "heldout.jsonl", valid)
@@ -225,10 +231,7 @@ def load_corpus(
         if _read_mark(folder).get("kind") != CORPUS.kind or not Finished.read(folder):
             raise InputError("this folder holds no finished corpus", where=str(folder), fix="name the folder that `mmie corpus` wrote, or text files")
         return _read_documents(folder / "train.jsonl"), _read_documents(folder / "heldout.jsonl")
-    documents = read_corpus(list(paths))
-    if (size := corpus_bytes(documents)) < MINIMUM_BYTES:
-        raise InputError(f"too little text: {format_bytes(size)}", where=", ".join(map(str, paths)), fix=f"give at least {format_bytes(MINIMUM_BYTES)}")
-    return split_documents(documents, heldout, seed)
+    return split_documents(_enough(read_corpus(list(paths)), paths), heldout, seed)
 
 # %% ../nbs/93_lifecycle.ipynb #5857f97b
 TOKENIZER = Stage("tokenizer", "Train the tokenizer", "Learn the pieces of words that the model will read and write.")
@@ -328,6 +331,15 @@ def _over(
     return {**below, **above, **nested}
 
 # %% ../nbs/93_lifecycle.ipynb #4d7f9e11
+def new_model(
+    config: ModelConfig, # its shape
+    seed: int, # of its first weights
+) -> DecoderLM: # as it is before it has seen anything
+    "A model at birth: the same seed gives the same one."
+    seed_everything(seed)
+    return DecoderLM(config)
+
+
 def save_pair(
     model: DecoderLM, # in full precision
     tokenizer: BPETokenizer, # the one it was trained with
@@ -361,15 +373,6 @@ def _token_file(
     with suppress(InputError): # not written yet, or not to the end
         return TokenFile.open(folder, tokenizer)
     return write_tokens(documents, tokenizer, folder, eos_id=tokenizer.special_tokens[EOS])
-
-
-def new_model(
-    config: ModelConfig, # its shape
-    seed: int, # of its first weights
-) -> DecoderLM: # as it is before it has seen anything
-    "A model at birth: the same seed gives the same one."
-    seed_everything(seed)
-    return DecoderLM(config)
 
 # %% ../nbs/93_lifecycle.ipynb #bc953e69
 def pretrain(

@@ -622,7 +622,8 @@ def _begin(
         seed_everything(trainer.config.seed)
     newest = latest_checkpoint(trainer.folder) if trainer.folder else None
     if newest and (step := checkpoint_info(newest).step) > trainer.step:
-        raise InputError(f"the folder already holds step {step} of a run", where=str(trainer.folder), fix="resume it, or choose another folder")
+        what = f"the folder already holds step {step} of a run"
+        raise InputError(what, where=str(trainer.folder), fix="resume it, or choose another folder")
 
 
 def _restore(
