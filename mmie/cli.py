@@ -22,7 +22,7 @@ from .core import InputError, configure_logging
 
 # %% ../nbs/94_cli.ipynb #35104d70
 if TYPE_CHECKING:
-    from mmie.lifecycle import Finished, StageConfig
+    from mmie.lifecycle import Finished
 
 # %% ../nbs/94_cli.ipynb #4661f46b
 def _stop(
@@ -38,7 +38,7 @@ class _Commands(TyperGroup):
 
     def invoke(
         self,
-        ctx: typer.Context, # the parsed command line
+        ctx: Any, # the parsed command line, as Click's context
     ) -> Any: # what the command returns
         try:
             return super().invoke(ctx)
@@ -78,23 +78,44 @@ def _version(
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")] = False, # show it and stop
-    log_level: Annotated[str, typer.Option(help="How much to say on standard error: DEBUG, INFO, WARNING or ERROR.")] = "WARNING", # least severe message shown
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop."),
+    ] = False, # show it and stop
+    log_level: Annotated[
+        str, typer.Option(help="How much to say on standard error: DEBUG, INFO, WARNING or ERROR."),
+    ] = "WARNING", # least severe message shown
     log_json: Annotated[bool, typer.Option(help="Log as JSON lines.")] = False, # as JSON lines
 ) -> None:
     "Options that every command shares."
     configure_logging(log_level, json=log_json)
 
 # %% ../nbs/94_cli.ipynb #73c82933
-Corpus = Annotated[list[Path], typer.Option("--corpus", help="Text to learn from: .txt, .md or .jsonl files (field \"text\") or folders of them. Repeat for more.")]
+Corpus = Annotated[
+    list[Path],
+    typer.Option("--corpus", help="Text to learn from: .txt, .md or .jsonl files (field \"text\") or folders of them. Repeat for more."),
+]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the result. It is made; one that holds something else is refused.")]
-Model = Annotated[Path, typer.Option("--model", help="Folder of a model with its tokenizer, as `mmie train`, `finetune` and `quantize` write it.")]
-Tokenizer = Annotated[Path, typer.Option("--tokenizer", help="Folder of a tokenizer, as `mmie tokenizer train` writes it, or of a model.")]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Where all randomness starts (0 when left out): the same seed gives the same result.")]
-Questions = Annotated[Path | None, typer.Option("--questions", help="Question-answer pairs: .jsonl with \"question\" and \"answer\". Python's facts about itself when left out.")]
-Config = Annotated[Path | None, typer.Option("--config", help="YAML or JSON file with settings that differ from the preset's, for example `pretrain: {lr: 5e-4}`.")]
+Model = Annotated[
+    Path, typer.Option("--model", help="Folder of a model with its tokenizer, as `mmie train`, `finetune` and `quantize` write it."),
+]
+Tokenizer = Annotated[
+    Path, typer.Option("--tokenizer", help="Folder of a tokenizer, as `mmie tokenizer train` writes it, or of a model."),
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", min=0, help="Where all randomness starts (0 when left out): the same seed gives the same result."),
+]
+Questions = Annotated[
+    Path | None,
+    typer.Option("--questions", help='Pairs to learn: .jsonl with "question" and "answer". Python\'s facts about itself when left out.'),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", help="YAML or JSON file with settings that differ from the preset's, for example `pretrain: {lr: 5e-4}`."),
+]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer steps; the preset's number when left out.")]
-Preset = Annotated[str, typer.Option("--preset", help="Sizes and lengths that fit together: smoke (seconds), tiny (minutes), small (hours).")]
+Preset = Annotated[
+    str, typer.Option("--preset", help="Sizes and lengths that fit together: smoke (seconds), tiny (minutes), small (hours)."),
+]
 
 # %% ../nbs/94_cli.ipynb #fa50af7e
 @app.command(epilog="Your own text:  mmie run --corpus notes/ --corpus book.txt --out runs/mine")
@@ -111,7 +132,8 @@ def run(
     A finished stage is not run again. Stop with Ctrl-C whenever you like: the same command goes on from there.
     """
     from mmie.lifecycle import run_config, run_life
-    settings = run_config(preset, config, **_given(corpus=[str(path) for path in corpus], questions=questions and str(questions), seed=seed))
+    said = _given(corpus=[str(path) for path in corpus], questions=questions and str(questions), seed=seed)
+    settings = run_config(preset, config, **said)
     report = run_life(settings, out, command=shlex.join(["mmie", *sys.argv[1:]]), announce=typer.echo, progress=True)
     typer.echo(f"\nThe report: {report}")
 
@@ -126,7 +148,9 @@ def _given(
 def corpus(
     out: Out, # where the result goes
     corpus: Corpus = [], # text to learn from # noqa: B006
-    package: Annotated[list[str], typer.Option(help="Without --corpus: whose documentation to collect; \"python\" is the standard library.")] = ["python"], # whose documentation # noqa: B006
+    package: Annotated[
+        list[str], typer.Option(help="Without --corpus: whose documentation to collect; \"python\" is the standard library."),
+    ] = ["python"], # whose documentation # noqa: B006
     heldout: Annotated[float, typer.Option(help="Share of the text to set aside for judging the model.")] = 0.05, # share, 0 to 1
     seed: Seed = None, # of all randomness
 ) -> None:
@@ -151,7 +175,9 @@ def _tell(
 def tokenizer_train(
     corpus: Corpus, # text to learn from
     out: Out, # where the result goes
-    vocab_size: Annotated[int, typer.Option(min=300, help="Number of tokens, special ones included. More means shorter sequences and a larger model.")] = 2048, # tokens
+    vocab_size: Annotated[
+        int, typer.Option(min=300, help="Number of tokens, special ones included. More means shorter sequences and a larger model."),
+    ] = 2048, # tokens
     seed: Seed = None, # of all randomness
 ) -> None:
     "Learn a byte-level BPE vocabulary from text."
@@ -163,7 +189,9 @@ def tokenizer_train(
 def tokenizer_encode(
     tokenizer: Tokenizer, # folder
     text: Annotated[str | None, typer.Argument(help="What to encode; standard input when it is left out.")] = None, # to encode
-    pieces: Annotated[bool, typer.Option("--pieces", help="Show each token's text beside its number.")] = False, # show the text of each token
+    pieces: Annotated[
+        bool, typer.Option("--pieces", help="Show each token's text beside its number."),
+    ] = False, # show the text of each token
 ) -> None:
     "Turn text into token ids, as one JSON list."
     from mmie.tokenization.base import load_tokenizer
@@ -179,7 +207,9 @@ def tokenizer_encode(
 @tokenizer_app.command("decode", epilog="Example:  echo '[72, 105]' | mmie tokenizer decode --tokenizer runs/tiny/tokenizer")
 def tokenizer_decode(
     tokenizer: Tokenizer, # folder
-    ids: Annotated[list[str] | None, typer.Argument(help="Token ids; standard input when they are left out, as numbers or a JSON list.")] = None, # to decode
+    ids: Annotated[
+        list[str] | None, typer.Argument(help="Token ids; standard input when they are left out, as numbers or a JSON list."),
+    ] = None, # to decode
 ) -> None:
     "Turn token ids back into text."
     from mmie.tokenization.base import load_tokenizer
@@ -242,12 +272,20 @@ def finetune(
 @app.command(epilog="Ask:  mmie generate --model runs/tiny/finetune --ask \"What does len do?\"")
 def generate(
     model: Model, # folder
-    prompt: Annotated[str | None, typer.Argument(help="What to continue, or with --ask what to answer; standard input when left out.")] = None, # to continue or to answer
-    ask: Annotated[bool, typer.Option("--ask", help="Treat the prompt as a question for a fine-tuned model.")] = False, # whether it is a question
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to continue, or with --ask what to answer; standard input when left out."),
+    ] = None, # to continue or to answer
+    ask: Annotated[
+        bool, typer.Option("--ask", help="Treat the prompt as a question for a fine-tuned model."),
+    ] = False, # whether it is a question
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 100, # at most
-    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token; 1 draws as the model believes.")] = 0.8, # 0 is greedy
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0 always takes the likeliest token; 1 draws as the model believes."),
+    ] = 0.8, # 0 is greedy
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw among this many tokens.")] = 50, # tokens to draw among
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Draw among the fewest tokens that hold this share.")] = None, # share to draw among
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Draw among the fewest tokens that hold this share."),
+    ] = None, # share to draw among
     seed: Seed = None, # of all randomness
 ) -> None:
     "Let a model write."
@@ -258,8 +296,9 @@ def generate(
     template, text = ChatTemplate(), _standard_input() if prompt is None else prompt
     ids = template.prompt(words, text) if ask else [words.special_tokens[EOS], *words.encode(text)]
     stop = {words.special_tokens[EOS], words.special_tokens[template.end]}
-    new = generate_stream(decoder, ids, max_new_tokens, temperature=0 if ask else temperature, top_k=top_k, top_p=top_p, seed=seed or 0, eos_id=stop)
-    for piece in stream_text(words, new):
+    new = generate_stream(decoder, ids, max_new_tokens, temperature=0 if ask else temperature, top_k=top_k, top_p=top_p,
+                          seed=seed or 0, eos_id=stop)
+    for piece in stream_text(new, words):
         typer.echo(piece, nl=False)
     typer.echo()
 
@@ -268,7 +307,9 @@ def generate(
 def quantize(
     model: Model, # folder
     out: Out, # where the result goes
-    method: Annotated[str, typer.Option(help="How: int8_weight stores each weight in 8 bits.")] = "int8_weight", # how to store the weights
+    method: Annotated[
+        str, typer.Option(help="How: int8_weight stores each weight in 8 bits."),
+    ] = "int8_weight", # how to store the weights
 ) -> None:
     "Write a smaller copy of a model."
     from mmie.lifecycle import quantize_pair
@@ -288,7 +329,7 @@ def baselines(
     _tell(set_the_bar(corpus, tokenizer, out, order=order, seed=seed or 0))
 
 
-@app.command(epilog="Example:  mmie exam --corpus runs/tiny/corpus --pretrained runs/tiny/pretrain --fine-tuned runs/tiny/finetune --int8 runs/tiny/quantize --out work/exam")
+@app.command(epilog="Example:  mmie exam --corpus work/corpus --pretrained work/model --fine-tuned work/assistant --int8 work/int8 --out work/exam")
 def exam(
     corpus: Annotated[Path, typer.Option(help="Folder that `mmie corpus` wrote.")], # text to learn from
     pretrained: Annotated[Path, typer.Option(help="Folder of the pretrained model.")], # folder

@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import numpy as np
+from numpy.typing import ArrayLike
 from pydantic import Field
-from torch import nn
 
 # %% ../nbs/93_lifecycle.ipynb #40083674
 from .core import InputError, Settings, atomic_write, did_you_mean, read_mapping, seed_everything
 from mmie.insight.report import (
-    Compression, CorpusCard, Curve, Exam, ModelCard, Question, Reproduction, RunReport, Sample, StageRecord, TokenView, Variant, write_report,
+    Compression, CorpusCard, Curve, Exam, ModelCard, Question, Reproduction, RunReport, Sample, StageRecord, TokenView, Variant,
+    write_report,
 )
 from .measure import format_bytes
 from .models.decoder import DecoderLM, ModelConfig
@@ -190,7 +191,8 @@ def _enough(
     paths: Sequence[str | Path], # where they are from
 ) -> list[Document]: # the same
     if (size := corpus_bytes(documents)) < MINIMUM_BYTES:
-        raise InputError(f"too little text: {format_bytes(size)}", where=", ".join(map(str, paths)), fix=f"give at least {format_bytes(MINIMUM_BYTES)}")
+        where, enough = ", ".join(map(str, paths)), format_bytes(MINIMUM_BYTES)
+        raise InputError(f"too little text: {format_bytes(size)}", where=where, fix=f"give at least {enough}")
     return documents
 
 # %% ../nbs/93_lifecycle.ipynb #ea27decf
@@ -229,7 +231,8 @@ def load_corpus(
     if len(paths) == 1 and (Path(paths[0]) / _MARK).exists():
         folder = Path(paths[0])
         if _read_mark(folder).get("kind") != CORPUS.kind or not Finished.read(folder):
-            raise InputError("this folder holds no finished corpus", where=str(folder), fix="name the folder that `mmie corpus` wrote, or text files")
+            fix = "name the folder that `mmie corpus` wrote, or text files"
+            raise InputError("this folder holds no finished corpus", where=str(folder), fix=fix)
         return _read_documents(folder / "train.jsonl"), _read_documents(folder / "heldout.jsonl")
     return split_documents(_enough(read_corpus(list(paths)), paths), heldout, seed)
 
@@ -287,7 +290,7 @@ class RunConfig(Settings):
     "Tokens, special ones included."
     model: str = "tiny"
     "A preset of `ModelConfig`."
-    shape: dict[str, int | float | bool | str] = {}
+    shape: dict[str, int | float | bool | str] = Field(default_factory=dict)
     "Fields of `ModelConfig` that differ from the preset's."
     pretrain: StageConfig = StageConfig()
     "How long and how fast to pretrain."
@@ -304,9 +307,11 @@ RUN_PRESETS: dict[str, dict[str, object]] = {
         "finetune": {"steps": 6, "batch_size": 8, "warmup": 1, "checkpoint_every": 3},
     },
     "tiny": {
-        "vocab_size": 2048,
-        "pretrain": {"steps": 480, "batch_size": 16, "warmup": 40, "eval_every": 80, "checkpoint_every": 80},
-        "finetune": {"steps": 200, "batch_size": 32, "warmup": 10, "checkpoint_every": 100},
+        "vocab_size": 2048, "shape": {"n_layers": 4},
+        "pretrain": {"steps": 480, "batch_size": 16, "optimizer": "muon", "lr": 3e-3, "muon_lr": 7e-3, "schedule": "linear", "warmup": 20,
+                     "eval_every": 60, "checkpoint_every": 60},
+        "finetune": {"steps": 400, "batch_size": 32, "optimizer": "muon", "lr": 1e-3, "muon_lr": 2e-3, "schedule": "linear", "warmup": 10,
+                     "checkpoint_every": 100},
     },
 }
 
@@ -327,8 +332,10 @@ def _over(
     below: Mapping[str, object], # gives way
     above: Mapping[str, object], # wins
 ) -> dict[str, object]:
-    nested = {name: _over(old, value) for name, value in above.items() if isinstance(old := below.get(name), Mapping) and isinstance(value, Mapping)}
-    return {**below, **above, **nested}
+    def one(name: str, value: object) -> object:
+        old = below.get(name)
+        return _over(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return {**below, **{name: one(name, value) for name, value in above.items()}}
 
 # %% ../nbs/93_lifecycle.ipynb #4d7f9e11
 def new_model(
@@ -355,7 +362,8 @@ def load_pair(
 ) -> tuple[DecoderLM, BPETokenizer]: # the model in eval mode, and its tokenizer
     "Read a model and its tokenizer. Raises `InputError` when the folder holds no such pair."
     if not Path(folder).is_dir():
-        raise InputError("there is no such folder", where=str(folder), fix="name a folder that `mmie train`, `finetune` or `quantize` wrote")
+        fix = "name a folder that `mmie train`, `finetune` or `quantize` wrote"
+        raise InputError("there is no such folder", where=str(folder), fix=fix)
     model = load_quantized(folder) if (Path(folder) / "quantized.json").exists() else DecoderLM.load(folder)
     if not isinstance(model, DecoderLM):
         raise InputError(f"a quantized {type(model).__name__} is no decoder of ours", where=str(folder))
@@ -397,11 +405,12 @@ def pretrain(
         score = bits_per_byte(decoder, files[1], length=length, stride=length // 4)
         save_pair(decoder, words, folder)
         shape = decoder.config
-        card = ModelCard(name=config.model, parameters=decoder.n_parameters, layers=shape.n_layers, heads=shape.n_heads, d_model=shape.d_model,
-                         context=length, vocab_size=words.vocab_size, tokens_seen=history.tokens[-1])
+        card = ModelCard(name=config.model, parameters=decoder.n_parameters, layers=shape.n_layers, heads=shape.n_heads,
+                         d_model=shape.d_model, context=length, vocab_size=words.vocab_size, tokens_seen=history.tokens[-1])
         facts = {"model": card.model_dump(), "bits_per_byte": score, "bytes_per_token": files[0].n_bytes / files[0].n_tokens}
-        return Made({"text": f"{files[0].n_tokens:,} tokens"},
-                    {"model": f"{decoder.n_parameters:,} parameters", "tokens seen": f"{card.tokens_seen:,}", "held-out text": f"{score:.3f} bits per byte"}, facts)
+        told = {"model": f"{decoder.n_parameters:,} parameters", "tokens seen": f"{card.tokens_seen:,}",
+                "held-out text": f"{score:.3f} bits per byte"}
+        return Made({"text": f"{files[0].n_tokens:,} tokens"}, told, facts)
     settings = {"corpus": [str(path) for path in corpus], "tokenizer": str(tokenizer), "model": config.model, "shape": config.shape,
                 "heldout": config.heldout, "pretrain": plan.model_dump(mode="json")}
     named: list[object] = [word for path in corpus for word in ("--corpus", path)]
@@ -446,8 +455,8 @@ def set_the_bar(
             "uniform": math.log2(words.vocab_size) * sum(map(len, ids[1])) / size,
             "lzma": xz.alone / size,
             "lzma_given_train": xz.given_train / size,
-            "ngram_bytes": _ngram_bits([np.frombuffer(b, np.uint8) for b in raw[0]], [np.frombuffer(b, np.uint8) for b in raw[1]], order, 256) / size,
-            "ngram_tokens": _ngram_bits(ids[0], ids[1], order, words.vocab_size) / size,
+            "ngram_bytes": _ngram_bits([[np.frombuffer(text, np.uint8) for text in side] for side in raw], order, 256) / size,
+            "ngram_tokens": _ngram_bits(ids, order, words.vocab_size) / size,
         }
         told = {name.replace("_", " "): f"{score:.3f} bits per byte" for name, score in scores.items()}
         return Made({"held-out text": format_bytes(size)}, told, {**scores, "ngram_order": order})
@@ -457,12 +466,11 @@ def set_the_bar(
 
 
 def _ngram_bits(
-    train: Sequence[Sequence[int]] | Sequence[np.ndarray], # documents to count
-    valid: Sequence[Sequence[int]] | Sequence[np.ndarray], # documents to score
+    sides: Sequence[Sequence[ArrayLike]], # documents to count, documents to score
     order: int,
     vocab_size: int,
-) -> float: # bits for all of `valid`
-    return total_bits(NGramModel.fit(train, order=order, vocab_size=vocab_size), valid)
+) -> float: # bits for all of the second side
+    return total_bits(NGramModel.fit(sides[0], order=order, vocab_size=vocab_size), sides[1])
 
 # %% ../nbs/93_lifecycle.ipynb #11336a15
 FINETUNE = Stage("finetune", "Fine-tune the assistant", "Learn to answer questions: the loss is on the answers alone.")
@@ -528,8 +536,10 @@ def quantize_pair(
         save_quantized(small, folder)
         before, after = size_report(decoder), size_report(small)
         facts = {"before": {"memory": before.memory, "disk": before.disk}, "after": {"memory": after.memory, "disk": after.disk}}
-        return Made({"model": format_bytes(before.disk)}, {"model": f"{format_bytes(after.disk)}, {after.ratio(before):.0%} of the memory"}, facts)
-    return QUANTIZE.run(out, {"model": str(model), "method": method}, work, ["quantize", "--model", model, "--method", method, "--out", out])
+        told = {"model": f"{format_bytes(after.disk)}, {after.ratio(before):.0%} of the memory"}
+        return Made({"model": format_bytes(before.disk)}, told, facts)
+    command = ["quantize", "--model", model, "--method", method, "--out", out]
+    return QUANTIZE.run(out, {"model": str(model), "method": method}, work, command)
 
 # %% ../nbs/93_lifecycle.ipynb #c010e54c
 EXAM = Stage("exam", "Sit the exam", "Ask every age of the model the same questions, and measure sizes and speeds.")
@@ -607,7 +617,8 @@ def examine(
         _, heldout = load_corpus([corpus])
         prompts = openings(heldout)
         texts = {age: continue_text(model, tokenizer, prompts) for age, model in models.items()}
-        samples = [Sample(prompt=prompt, versions={age: texts[age][i] for age in models}, settings=SAMPLING) for i, prompt in enumerate(prompts)]
+        samples = [Sample(prompt=prompt, versions={age: texts[age][i] for age in models}, settings=SAMPLING)
+                   for i, prompt in enumerate(prompts)]
         learned, pairs, _ = finetuning_pairs(questions, tokenizer, models["pretrained"].max_length // 2, seed)
         asked = random.Random(seed).sample(pairs, min(n_questions, len(pairs)))
         asked.sort(key=lambda pair: pair.kind)
@@ -626,8 +637,8 @@ def examine(
         score = exam.score()
         return Made({"questions": f"{len(asked):,} of {len(pairs):,}, in phrasings never seen", "openings": str(len(prompts))},
                     {"right answers": f"{score.correct} of {score.total}"}, facts)
-    settings: dict[str, object] = {"corpus": str(corpus), "ages": {age: str(path) for age, path in ages.items()}, "questions": questions and str(questions),
-                "n_questions": n_questions, "seed": seed}
+    settings: dict[str, object] = {"corpus": str(corpus), "ages": {age: str(path) for age, path in ages.items()},
+                                   "questions": questions and str(questions), "n_questions": n_questions, "seed": seed}
     named: list[object] = [word for age, path in ages.items() for word in (f"--{age}", path)]
     chosen: list[object] = ["--questions", questions] if questions else []
     return EXAM.run(out, settings, work, ["exam", "--corpus", corpus, *named, *chosen, "--seed", seed, "--out", out])
@@ -646,8 +657,8 @@ def run_stages(
 ) -> dict[str, Finished]: # by the stage's kind, in order
     "Do every stage that has not been done. Raises `InputError` for mistakes in the input, and whatever stops a stage."
     at = {stage.kind: out / stage.kind for stage in STAGES}
-    corpus, tokenizer, ages = [at["corpus"]], at["tokenizer"], {"pretrained": at["pretrain"], "fine-tuned": at["finetune"], "int8": at["quantize"]}
-    seed = config.seed
+    corpus, tokenizer, seed = [at["corpus"]], at["tokenizer"], config.seed
+    ages = {"pretrained": at["pretrain"], "fine-tuned": at["finetune"], "int8": at["quantize"]}
     steps: list[tuple[Stage, Callable[[], Finished]]] = [
         (CORPUS, lambda: make_corpus(at["corpus"], paths=config.corpus, packages=config.packages, heldout=config.heldout, seed=seed)),
         (TOKENIZER, lambda: make_tokenizer(corpus, tokenizer, vocab_size=config.vocab_size, progress=progress)),
@@ -672,8 +683,8 @@ def _curve(
 ) -> Curve:
     history = History.from_json((folder / "history.json").read_text(encoding="utf-8"))
     heldout = [(e.step, e.bits_per_byte) for e in history.evaluations if e.bits_per_byte is not None]
-    return Curve(steps=tuple(range(1, len(history.losses) + 1)), losses=tuple(history.losses), heldout_steps=tuple(step for step, _ in heldout),
-                 heldout_bits_per_byte=tuple(score for _, score in heldout), bytes_per_token=bytes_per_token)
+    return Curve(steps=tuple(range(1, len(history.losses) + 1)), losses=tuple(history.losses), bytes_per_token=bytes_per_token,
+                 heldout_steps=tuple(step for step, _ in heldout), heldout_bits_per_byte=tuple(score for _, score in heldout))
 
 
 def assemble(
@@ -733,7 +744,8 @@ def write_run_report(
         raise InputError("this folder holds no run", where=str(out), fix="name the folder given to `mmie run --out`")
     config = RunConfig.model_validate(mark["settings"])
     done = {stage.kind: found for stage in STAGES if (found := Finished.read(out / stage.kind))}
-    report = assemble(config, done, command or shlex.join(["mmie", "run", "--preset", config.preset, "--seed", str(config.seed), "--out", str(out)]))
+    usual = shlex.join(["mmie", "run", "--preset", config.preset, "--seed", str(config.seed), "--out", str(out)])
+    report = assemble(config, done, command or usual)
     report.write(out / "report.json")
     return write_report(report, out)
 

@@ -80,7 +80,7 @@ def _method_facts() -> dict[str, str]:
              for kind in (str, list, dict, set) for name in sorted(vars(kind)) if name[0] != "_"}
     return {name: sentence for name, sentence in found.items() if sentence}
 
-
+# %% ../../nbs/45_training.finetune.ipynb #0be1ee2e
 def _is_exception(
     thing: object, # anything
 ) -> bool:
@@ -348,9 +348,10 @@ def jinja_template(
     template: ChatTemplate, # ours
 ) -> str: # for `tokenizer.chat_template` in transformers
     "The same template as text for transformers, which pastes and encodes."
-    return ("{% for m in messages %}{{ '" + template.user + "' if m['role'] == 'user' else '" + template.assistant + "' }}{{ m['content'] }}"
-            "{% if m['role'] == 'assistant' %}{{ '" + template.end + "' }}{% endif %}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '" + template.assistant + "' }}{% endif %}")
+    user, assistant, end = (repr(mark) for mark in template.special_tokens)
+    return (f"{{% for m in messages %}}{{{{ {user} if m['role'] == 'user' else {assistant} }}}}{{{{ m['content'] }}}}"
+            f"{{% if m['role'] == 'assistant' %}}{{{{ {end} }}}}{{% endif %}}{{% endfor %}}"
+            f"{{% if add_generation_prompt %}}{{{{ {assistant} }}}}{{% endif %}}")
 
 # %% ../../nbs/45_training.finetune.ipynb #e4cdd041
 @dataclass(frozen=True, slots=True)
