@@ -223,8 +223,7 @@ class Int8Embedding(nn.Module):
         dtype: torch.dtype = torch.float32, # of the vectors that come out
     ) -> None:
         super().__init__()
-        self.rows = _frozen(rows)
-        self.scale = _frozen(scale)
+        self.rows, self.scale = _frozen(rows), _frozen(scale)
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=rows.device), persistent=False)
 
     @classmethod
@@ -241,8 +240,7 @@ class Int8Embedding(nn.Module):
         self,
         ids: Tensor, # (...) whole numbers below num_embeddings
     ) -> Tensor: # (..., embedding_dim)
-        dtype = self.like.dtype
-        return F.embedding(ids, self.rows).to(dtype) * F.embedding(ids, self.scale.unsqueeze(1)).to(dtype)
+        return F.embedding(ids, self.rows).to(self.like.dtype) * F.embedding(ids, self.scale.unsqueeze(1)).to(self.like.dtype)
 
     @property
     def weight(self) -> Tensor: # (num_embeddings, embedding_dim), made anew each time
