@@ -48,6 +48,7 @@ def _own_docstring(
     first = body[0].value if body and isinstance(body[0], ast.Expr) else None
     return first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else None
 
+# %% ../../nbs/10_tokenization.corpora.ipynb #d6b3e78a
 def _heading(
     node: _Definition, # a class or function
     owner: str, # the class it is in, "" at the top
@@ -62,7 +63,7 @@ def _heading(
     names += [arg.arg for arg in args.kwonlyargs] + ([f"**{args.kwarg.arg}"] if args.kwarg else [])
     return f"{name}({', '.join(names)})"
 
-# %% ../../nbs/10_tokenization.corpora.ipynb #d6b3e78a
+# %% ../../nbs/10_tokenization.corpora.ipynb #0ad37617
 _ATTACHERS = {"add_docstr", "add_newdoc"}
 
 def _literal(
@@ -80,6 +81,7 @@ def _literal(
         case _:
             return ""
 
+# %% ../../nbs/10_tokenization.corpora.ipynb #b2b638f2
 def _attached(
     call: ast.Call, # add_docstr(torch.abs, "…") or add_newdoc("numpy", "ndarray", ("flat", "…"))
 ) -> tuple[str, str] | None: # heading, docstring
@@ -176,6 +178,7 @@ def _wanted(
     config = any(part.startswith("config-") for part in path.parts)
     return path.suffix == ".py" and not private and not config and not _LEFT_OUT.intersection(path.parts)
 
+# %% ../../nbs/10_tokenization.corpora.ipynb #ec7249dc
 def _source_files(
     package: str, # "python" for the standard library, or the name of an installed distribution
 ) -> list[tuple[str, Path]]: # (module, file), sorted by module
@@ -192,13 +195,14 @@ def _source_files(
     modules = {".".join(relative.with_suffix("").parts).removesuffix(".__init__"): path for relative, path in files if _wanted(relative)}
     return sorted(modules.items())
 
-# %% ../../nbs/10_tokenization.corpora.ipynb #9901e69a
+# %% ../../nbs/10_tokenization.corpora.ipynb #11616dff
 def _fingerprint(
     paragraph: str, # text between blank lines
 ) -> str: # its words, lower-cased, everything else gone
     "What near-verbatim copies of a paragraph share."
     return " ".join(re.findall(r"[^\W\d_]+", paragraph.lower()))
 
+# %% ../../nbs/10_tokenization.corpora.ipynb #31a03718
 def _is_prose(
     paragraph: str, # text between blank lines
 ) -> bool: # False for printed arrays, drawings, tables of numbers
@@ -237,7 +241,7 @@ def _entries_of(
         elif any(mark in source for mark in (b'"""', b"'''", b"add_newdoc")): # most files without them have no docstring
             try:
                 yield module, docstrings(source)
-            except (SyntaxError, ValueError) as error: # a template or a broken example that is no Python
+            except (SyntaxError, ValueError) as error:
                 _log.debug("%s is not parsed: %s", path, error)
     for name in _COMPILED if package == "python" else ():
         try:
@@ -330,12 +334,16 @@ def _text_files(
         raise InputError(f"no text in the folder, {has}", where=str(given), fix=f"put {', '.join(TEXT_SUFFIXES)} files there")
     return found
 
+# %% ../../nbs/10_tokenization.corpora.ipynb #ef950b33
 def read_corpus(
     paths: Sequence[Path | str], # files and folders; folders are searched through
 ) -> list[Document]: # in the order given, folders sorted
     "Read `.txt`, `.md` and `.jsonl` files. Raises `InputError` naming file and byte or line for whatever cannot be used."
     chosen = [paths] if isinstance(paths, str | Path) else paths
-    files = {path.resolve(): (name, path) for given in map(Path, chosen) for name, path in _text_files(given)}
+    files: dict[Path, tuple[str, Path]] = {}
+    for given in map(Path, chosen):
+        for name, path in _text_files(given):
+            files.setdefault(path.resolve(), (name, path))
     documents: list[Document] = []
     for name, path in files.values():
         rows = _read_rows(path, name) if path.suffix.lower() == ".jsonl" else [Document(name, _read_text(path))]
@@ -370,6 +378,7 @@ def _cut_ends(
         valid += [Document(f"{document.name} (end)", parts[1])] if parts[1] else []
     return train, valid
 
+# %% ../../nbs/10_tokenization.corpora.ipynb #30e3cdb8
 def split_documents(
     documents: Sequence[Document], # the whole corpus
     valid_fraction: float = 0.05, # share to hold out, between 0 and 1
