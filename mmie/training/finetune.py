@@ -404,6 +404,13 @@ def grouped_batches(
     return [batches[i] for i in generator.permutation(len(batches))]
 
 # %% ../../nbs/45_training.finetune.ipynb #e5029e8a
+def _fingerprint(
+    *things: object, # whatever must not change
+) -> int: # 48 bits
+    "A number that changes when anything does."
+    return int.from_bytes(hashlib.blake2b(repr(things).encode(), digest_size=6).digest(), "big")
+
+# %% ../../nbs/45_training.finetune.ipynb #a3c16851
 class ChatBatches:
     "Batches of questions and answers for the trainer, without end; the loss is on the answers."
     def __init__(
@@ -421,17 +428,12 @@ class ChatBatches:
         template = template or ChatTemplate()
         self.examples = [encode_pair(pair, tokenizer, template, max_length) for pair in pairs]
         self.pad_id, self.batch_size, self.seed = template.ids(tokenizer)[2], batch_size, seed
-        digest = hashlib.blake2b(repr((seed, batch_size, self.examples)).encode(), digest_size=6).digest()
-        self.fingerprint = int.from_bytes(digest, "big")
+        self.fingerprint = _fingerprint(seed, batch_size, self.examples)
         self._begin(0, 0)
 
-    def _begin(
-        self,
-        epoch: int, # passes over the data so far
-        done: int, # batches of this pass already given out
-    ) -> None:
+    def _begin(self, epoch: int, done: int) -> None:
         lengths = [len(example.ids) for example in self.examples]
-        self.epoch, self.done = epoch, done
+        self.epoch, self.done = epoch, done # passes over the data so far, batches of this pass already given out
         self.batches = grouped_batches(lengths, self.batch_size, np.random.default_rng([self.seed, epoch]))
 
     def next_batch(self) -> Batch: # up to batch_size rows
@@ -518,7 +520,7 @@ def _parse_row(
         raise ValueError(f"the answer has {n} tokens, at most {longest} fit")
     return pair
 
-
+# %% ../../nbs/45_training.finetune.ipynb #30b40fcd
 def read_pairs(
     path: Path | str, # a .jsonl file
     tokenizer: BaseTokenizer | None = None, # to measure answers with
