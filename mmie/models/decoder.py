@@ -69,12 +69,17 @@ class ModelConfig(Settings):
     bias: bool = False # biases on the matrices of attention and MLP
     qk_norm: bool = False # normalize queries and keys
     attention_backend: Literal["auto", "sdpa", "explicit", "reference"] = "auto" # how; the result is the same
-    embedding_std: float = Field(0.02, gt=0) # of fresh embeddings
+    embedding_std: float | None = Field(None, gt=0) # of fresh embeddings (None: 0.35 / √d_model)
 
     @property
     def head_dim(self) -> int: # d_model / n_heads
         "Numbers per head."
         return self.d_model // self.n_heads
+
+    @property
+    def stream_std(self) -> float: # embedding_std, or its default
+        "Size of what enters a fresh stack."
+        return self.embedding_std or 0.35 / self.d_model**0.5
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -229,9 +234,9 @@ def init_decoder(
     "Fresh weights: small embeddings, and branches that add up to about what the embeddings bring."
     for table in (model.embedding, model.position_embedding, model.head):
         if table is not None:
-            nn.init.normal_(table.weight, std=model.config.embedding_std)
+            nn.init.normal_(table.weight, std=model.config.stream_std)
     for block in model.blocks:
-        init_block(block, model.config.n_layers, model.config.embedding_std) # type: ignore[arg-type]
+        init_block(block, model.config.n_layers, model.config.stream_std) # type: ignore[arg-type]
 
 # %% ../../nbs/32_models.decoder.ipynb #e4f2edeb
 class DecoderLM(DecoderTrunk):

@@ -7,6 +7,8 @@ __all__ = ['PACKAGES', 'TEXT_SUFFIXES', 'Document', 'corpus_bytes', 'docstrings'
 
 # %% ../../nbs/10_tokenization.corpora.ipynb #d144fc19
 import ast
+import contextlib
+import gc
 import hashlib
 import importlib
 import inspect
@@ -230,6 +232,17 @@ def _only_new(
     return "\n\n".join(parts)
 
 # %% ../../nbs/10_tokenization.corpora.ipynb #3005af19
+@contextlib.contextmanager
+def _no_cycle_search() -> Iterator[None]:
+    "Run without the cyclic garbage collector, and leave it as it was."
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
 def _entries_of(
     package: str, # "python" or a distribution
 ) -> Iterator[tuple[str, list[tuple[str, str]]]]: # (document name, its headings and docstrings)
@@ -255,7 +268,8 @@ def python_docs(
     "The documentation that this Python installation carries. Raises `InputError` for a package that is not installed."
     seen: set[str] = set()
     chosen = ("python", *PACKAGES) if packages is None else packages
-    found = [Document(name, _only_new(entries, seen)) for package in chosen for name, entries in _entries_of(package)]
+    with _no_cycle_search():
+        found = [Document(name, _only_new(entries, seen)) for package in chosen for name, entries in _entries_of(package)]
     documents = [document for document in found if document.text]
     if not documents:
         raise InputError(f"no documentation found in {', '.join(chosen) or 'an empty list of packages'}", fix="is the source installed?")
