@@ -49,8 +49,8 @@ def _symbols(
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise InputError(f"a document is a flat list of whole numbers, not {array.dtype} of shape {array.shape}", where="n-gram model")
     if array.size and not (array.min() >= 0 and array.max() < vocab_size):
-        wrong = int(array.min() if array.min() < 0 else array.max())
-        raise InputError(f"symbol {wrong} is outside 0 … {vocab_size - 1}", where="n-gram model", fix="pass a larger vocab_size")
+        wrong, fix = (int(array.min()), None) if array.min() < 0 else (int(array.max()), "pass a larger vocab_size")
+        raise InputError(f"symbol {wrong} is outside 0 … {vocab_size - 1}", where="n-gram model", fix=fix)
     return array.astype(np.int64)
 
 # %% ../../nbs/35_models.ngram.ipynb #bc284b91
