@@ -241,7 +241,7 @@ def _encode_short(
     "Apply merges, the earliest first, the leftmost of equals. Quadratic in the length."
     get = made.get
     ids = list(data)
-    found = [get(pair, _NO_MERGE) for pair in zip(ids, ids[1:])] # noqa: B905 (one shorter on purpose)
+    found = [get(pair, _NO_MERGE) for pair in itertools.pairwise(ids)]
     while found and (new := min(found)) != _NO_MERGE:
         at = found.index(new)
         ids[at] = new
@@ -268,6 +268,7 @@ def _wait(
 def _encode_long(
     data: bytes, # a chunk of any length
     made: Mapping[tuple[int, int], int], # pair → the id it becomes
+    merges: Sequence[tuple[int, int]], # the same the other way round: id − 256 → pair
 ) -> list[int]:
     "The same ids as `_encode_short`, in time that grows with the length and the number of merges."
     ids, n = list(data), len(data)
@@ -276,10 +277,9 @@ def _encode_long(
     order: list[int] = []
     for at in range(n - 1):
         _wait(made.get((ids[at], ids[at + 1])), at, waiting, order)
-    parts = {new: pair for pair, new in made.items()}
     while order:
         new = heapq.heappop(order)
-        first, second = parts[new]
+        first, second = merges[new - 256]
         for at in sorted(waiting.pop(new)):
             gone = right[at]
             if ids[at] != first or gone == n or ids[gone] != second:
@@ -308,16 +308,17 @@ class _ChunkCache(dict[str, tuple[int, ...]]):
     ) -> None:
         super().__init__()
         self.whole = {token: i for i, token in enumerate(tokens)}
-        self.made = {pair: i for i, pair in enumerate(merges, 256)}
+        self.made, self.merges = {pair: i for i, pair in enumerate(merges, 256)}, merges
         self.entries, self.longest = entries, longest
 
     def __missing__(self, chunk: str) -> tuple[int, ...]:
         data = chunk.encode("utf-8")
-        whole = self.whole.get(data)
-        if whole is not None:
-            ids: tuple[int, ...] = (whole,)
+        if data in self.whole:
+            ids: tuple[int, ...] = (self.whole[data],)
+        elif len(data) < _LONG:
+            ids = tuple(_encode_short(data, self.made))
         else:
-            ids = tuple((_encode_short if len(data) < _LONG else _encode_long)(data, self.made))
+            ids = tuple(_encode_long(data, self.made, self.merges))
         if len(chunk) <= self.longest:
             if len(self) >= self.entries:
                 self.clear()
@@ -472,6 +473,7 @@ def merge_figure(
             shown = piece.decode("utf-8", "replace").replace(" ", "␣").replace("\n", "↵")
             ax.text((start + end) / 2, row, shown, ha="center", va="center", color=ink, fontsize=8, fontfamily="monospace")
         known = set(spans)
-    ax.set(xlim=(0, n), ylim=(len(states) - 0.5, -0.5), xticks=[], yticks=range(len(states)), ylabel="merges done", title="From bytes to tokens")
+    ax.set(xlim=(0, n), xticks=[], ylim=(len(states) - 0.5, -0.5), yticks=range(len(states)))
+    ax.set(ylabel="merges done", title="From bytes to tokens")
     ax.grid(False)
     return fig

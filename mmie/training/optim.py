@@ -165,28 +165,17 @@ def _shape(
 class OptimConfig(Settings):
     "How to step: which optimizer, how far, and how that changes during the run."
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    "adamw, or muon: the matrices inside the model by Muon, everything else by AdamW."
-    lr: float = Field(1e-3, gt=0)
-    "Peak learning rate."
-    muon_lr: float | None = Field(None, gt=0)
-    "Peak for Muon's matrices (default: lr; the scales are matched)."
-    weight_decay: float = Field(0.1, ge=0)
-    "On matrices only, decoupled from the gradient."
-    betas: tuple[float, float] = (0.9, 0.95)
-    "Memory of AdamW's two averages."
-    eps: float = Field(1e-8, gt=0)
-    "AdamW's guard against division by zero."
-    momentum: float = Field(0.95, ge=0, lt=1)
-    "Memory of Muon's average."
-    schedule: ScheduleKind = "cosine"
-    "Shape of the learning rate after the warm-up."
-    warmup: float = Field(0.05, ge=0)
-    "Warm-up: below 1 a share of the run, from 1 on a number of steps."
-    final_lr: float = Field(0.0, ge=0, le=1)
-    "Last learning rate as a share of the peak."
-    decay: float = Field(0.2, gt=0, le=1)
-    "Only for wsd: share of the run spent coming down."
+    optimizer: Literal["adamw", "muon"] = "adamw" # adamw, or muon: the matrices inside the model by Muon, everything else by AdamW
+    lr: float = Field(1e-3, gt=0) # peak learning rate
+    muon_lr: float | None = Field(None, gt=0) # peak for Muon's matrices (default: lr; the scales are matched)
+    weight_decay: float = Field(0.1, ge=0) # on matrices only, decoupled from the gradient
+    betas: tuple[float, float] = (0.9, 0.95) # memory of AdamW's two averages
+    eps: float = Field(1e-8, gt=0) # AdamW's guard against division by zero
+    momentum: float = Field(0.95, ge=0, lt=1) # memory of Muon's average
+    schedule: ScheduleKind = "cosine" # shape of the learning rate after the warm-up
+    warmup: float = Field(0.05, ge=0) # warm-up: below 1 a share of the run, from 1 on a number of steps
+    final_lr: float = Field(0.0, ge=0, le=1) # last learning rate as a share of the peak
+    decay: float = Field(0.2, gt=0, le=1) # only for wsd: share of the run spent coming down
 
     def make_schedule(
         self,
