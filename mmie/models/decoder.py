@@ -88,12 +88,8 @@ class ModelConfig(Settings):
         return self
 
     @classmethod
-    def preset(
-        cls,
-        name: str, # a key of `PRESETS`
-        **changes: object, # any field; all presets but "gpt2" need a vocab_size
-    ) -> Self: # raises `InputError` for an unknown name
-        "A well-tried shape, with your changes."
+    def preset(cls, name: str, **changes: object) -> Self: # a key of `PRESETS`, and any field; all but "gpt2" need a vocab_size
+        "A well-tried shape, with your changes. Raises `InputError` for an unknown name."
         if name not in PRESETS:
             raise InputError(f"there is no preset {name!r}", where="preset", fix=did_you_mean(name, list(PRESETS)))
         return cls(**{**PRESETS[name], **changes})

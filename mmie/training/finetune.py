@@ -24,6 +24,7 @@ import string
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,6 +104,7 @@ def _module_doc(
     return importlib.import_module(name).__doc__ if name in sys.builtin_module_names else None
 
 
+@cache
 def _module_facts() -> dict[str, str]:
     "Module → what it is."
     found = {name: first_sentence(_module_doc(name)) for name in sorted(sys.stdlib_module_names) if name[0] != "_"}

@@ -338,28 +338,17 @@ def _progress_line(
 class TrainConfig(OptimConfig):
     "A training run: how long, how careful, how often to look and to save; and how to step."
 
-    steps: int = Field(1000, ge=1)
-    "Optimizer steps."
-    accumulate: int = Field(1, ge=1)
-    "Batches a step."
-    clip: float | None = Field(1.0, gt=0)
-    "Longest gradient; null for any."
-    precision: Precision = "auto"
-    "Of the forward pass: auto is bf16 where the hardware multiplies in it."
-    device: str = "auto"
-    "Where to train."
-    eval_every: int = Field(0, ge=0)
-    "Steps between evaluations; 0: only before and after."
-    checkpoint_every: int = Field(0, ge=0)
-    "Steps between checkpoints; 0: only at the end."
-    keep_last: int = Field(2, ge=1)
-    "Checkpoints kept besides the best one."
-    max_bad_share: float = Field(0.1, ge=0, le=1)
-    "Share of steps with a NaN or infinite loss or gradient that ends the run …"
-    min_bad: int = Field(5, ge=1)
-    "… once there are this many."
-    seed: int = Field(0, ge=0)
-    "Of everything random during training."
+    steps: int = Field(1000, ge=1) # optimizer steps
+    accumulate: int = Field(1, ge=1) # batches a step
+    clip: float | None = Field(1.0, gt=0) # longest gradient; null for any
+    precision: Precision = "auto" # of the forward pass: auto is bf16 where the hardware multiplies in it
+    device: str = "auto" # where to train
+    eval_every: int = Field(0, ge=0) # steps between evaluations; 0: only before and after
+    checkpoint_every: int = Field(0, ge=0) # steps between checkpoints; 0: only at the end
+    keep_last: int = Field(2, ge=1) # checkpoints kept besides the best one
+    max_bad_share: float = Field(0.1, ge=0, le=1) # share of steps with a NaN or infinite loss or gradient that ends the run …
+    min_bad: int = Field(5, ge=1) # … once there are this many
+    seed: int = Field(0, ge=0) # of everything random during training
 
 # %% ../../nbs/43_training.trainer.ipynb #0c575f1d
 def random_state() -> dict[str, State]: # for a checkpoint
