@@ -1,4 +1,5 @@
 """The committed files are what the notebooks make of themselves."""
+import ast
 import filecmp
 import os
 import re
@@ -90,3 +91,13 @@ def test_links_between_chapters_lead_somewhere(path: Path) -> None:
         if cell.cell_type == "markdown":
             for target, _ in LINK.findall(cell.source):
                 assert target.startswith("http") or (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_cells_hold_imports_or_code(path: Path) -> None:
+    "The documentation runs the cells that import, and only those: a mixed one would meet names that don't exist."
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code" and "#| export" not in cell.source and not cell.source.lstrip().startswith(("%", "!")):
+            body = ast.parse(cell.source).body
+            imports = [isinstance(statement, ast.Import | ast.ImportFrom) for statement in body]
+            assert all(imports) or not any(imports), cell.source

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 
@@ -16,10 +17,19 @@ STAGES = ["corpus", "tokenizer", "baselines", "pretrain", "finetune", "quantize"
 
 
 @pytest.fixture(scope="module")
-def finished(mmie: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A little real English."
+    folder = tmp_path_factory.mktemp("notes")
+    for name in sorted(topics)[:30]:
+        (folder / f"{name}.txt").write_text(topics[name], encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(mmie: Run, notes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     "A complete run that nothing disturbed."
     out = tmp_path_factory.mktemp("run") / "smoke"
-    done = mmie("run", "--preset", "smoke", "--out", out, timeout=600)
+    done = mmie("run", "--preset", "smoke", "--corpus", notes, "--out", out, timeout=600)
     assert done.returncode == 0, done.stderr
     assert str(out / "report.html") in done.stdout
     return out
@@ -51,19 +61,19 @@ def test_the_report_is_one_page_without_requests(finished: Path) -> None:
     assert not re.findall(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", page) and "@import" not in page
 
 
-def test_a_second_start_repeats_nothing(mmie: Run, finished: Path) -> None:
+def test_a_second_start_repeats_nothing(mmie: Run, notes: Path, finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file() and path.parent != finished}
-    again = mmie("run", "--preset", "smoke", "--out", finished)
+    again = mmie("run", "--preset", "smoke", "--corpus", notes, "--out", finished)
     assert again.returncode == 0 and again.stdout.count("done before") == len(STAGES)
     assert before == {path: path.stat().st_mtime_ns for path in before}
-    other = mmie("run", "--preset", "smoke", "--seed", 1, "--out", finished)
+    other = mmie("run", "--preset", "smoke", "--corpus", notes, "--seed", 1, "--out", finished)
     assert other.returncode == 2 and "seed: 0 there, 1 now" in other.stderr
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
-def test_an_interrupted_run_ends_as_if_it_had_never_stopped(mmie: Run, finished: Path, tmp_path: Path, how: signal.Signals) -> None:
+def test_an_interrupted_run_ends_as_if_it_had_never_stopped(mmie: Run, notes: Path, finished: Path, tmp_path: Path, how: signal.Signals) -> None:
     out = tmp_path / "smoke"
-    words = [str(Path(sys.executable).parent / "mmie"), "run", "--preset", "smoke", "--out", str(out)]
+    words = [str(Path(sys.executable).parent / "mmie"), "run", "--preset", "smoke", "--corpus", str(notes), "--out", str(out)]
     for sign in ("tokenizer/stage.json", "pretrain/checkpoints/step-*", "finetune/checkpoints/step-*"): # stop three times, in three stages
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         deadline = time.monotonic() + 240
@@ -73,16 +83,29 @@ def test_an_interrupted_run_ends_as_if_it_had_never_stopped(mmie: Run, finished:
         said, _ = process.communicate(timeout=120)
         assert list(out.glob(sign)), said
         assert process.returncode in ((130, 0) if how == signal.SIGINT else (-signal.SIGKILL, 0)), said
-    done = mmie("run", "--preset", "smoke", "--out", out, timeout=600)
+    done = mmie("run", "--preset", "smoke", "--corpus", notes, "--out", out, timeout=600)
     assert done.returncode == 0, done.stderr
     assert results(out) == results(finished)
 
 
-def test_the_same_seed_gives_the_same_life_and_another_a_different_one(mmie: Run, finished: Path, tmp_path: Path) -> None:
-    assert mmie("run", "--preset", "smoke", "--out", tmp_path / "same", timeout=600).returncode == 0
+def test_the_same_seed_gives_the_same_life_and_another_a_different_one(mmie: Run, notes: Path, finished: Path, tmp_path: Path) -> None:
+    assert mmie("run", "--preset", "smoke", "--corpus", notes, "--out", tmp_path / "same", timeout=600).returncode == 0
     assert results(tmp_path / "same") == results(finished)
-    assert mmie("run", "--preset", "smoke", "--seed", 1, "--out", tmp_path / "other", timeout=600).returncode == 0
+    assert mmie("run", "--preset", "smoke", "--corpus", notes, "--seed", 1, "--out", tmp_path / "other", timeout=600).returncode == 0
     assert results(tmp_path / "other")["pretraining"] != results(finished)["pretraining"]
+
+
+def test_without_any_text_it_reads_the_documentation_of_this_python(mmie: Run, tmp_path: Path) -> None:
+    assert mmie("corpus", "--out", tmp_path / "corpus").returncode == 0
+    mark = json.loads((tmp_path / "corpus" / "stage.json").read_text(encoding="utf-8"))
+    assert mark["facts"]["train_bytes"] > 1_000_000 and mark["facts"]["heldout_bytes"] > 50_000
+
+
+def test_a_mistake_can_be_corrected(mmie: Run, notes: Path, tmp_path: Path) -> None:
+    "What was refused leaves no trace, so that the same folder can be used with the corrected command."
+    assert mmie("run", "--preset", "smoke", "--corpus", tmp_path / "typo", "--out", tmp_path / "run").returncode == 2
+    assert not (tmp_path / "run").exists()
+    assert mmie("corpus", "--corpus", notes, "--out", tmp_path / "run").returncode == 0
 
 
 def test_my_own_text_and_questions(mmie: Run, tmp_path: Path) -> None:
@@ -102,15 +125,14 @@ def test_my_own_text_and_questions(mmie: Run, tmp_path: Path) -> None:
     assert report["corpus"]["documents"] == 130 and len(report["exam"]["questions"]) == 3
 
 
-def test_each_stage_alone_gives_what_the_run_gave(mmie: Run, finished: Path, tmp_path: Path) -> None:
+def test_each_stage_alone_gives_what_the_run_gave(mmie: Run, notes: Path, finished: Path, tmp_path: Path) -> None:
     "The commands that the report names, in a folder of their own."
     def alone(*words: object) -> None:
         done = mmie(*words, timeout=600)
         assert done.returncode == 0, done.stderr
-    alone("corpus", "--out", tmp_path / "corpus")
+    alone("corpus", "--corpus", notes, "--out", tmp_path / "corpus")
     alone("tokenizer", "train", "--corpus", tmp_path / "corpus", "--vocab-size", 400, "--out", tmp_path / "tokenizer")
-    (tmp_path / "shape.yaml").write_text(json.dumps(json.loads((finished / "stage.json").read_text(encoding="utf-8"))["settings"]["shape"]), encoding="utf-8")
-    alone("train", "--corpus", tmp_path / "corpus", "--tokenizer", tmp_path / "tokenizer", "--shape", tmp_path / "shape.yaml", "--preset", "smoke", "--out", tmp_path / "pretrain")
+    alone("train", "--corpus", tmp_path / "corpus", "--tokenizer", tmp_path / "tokenizer", "--preset", "smoke", "--out", tmp_path / "pretrain")
     alone("finetune", "--model", tmp_path / "pretrain", "--preset", "smoke", "--out", tmp_path / "finetune")
     alone("quantize", "--model", tmp_path / "finetune", "--out", tmp_path / "quantize")
     for stage, file in (("corpus", "train.jsonl"), ("tokenizer", "mmie_tokenizer.json"), ("pretrain", "model.safetensors"), ("finetune", "model.safetensors"),

@@ -139,7 +139,7 @@ def sampling_figure(
     logits: Tensor, # (vocab,) for one next token
     settings: Sequence[Sampling], # one panel each
     labels: Sequence[str], # the tokens as text, one for each of the vocabulary
-    show: int = 24, # most probable tokens to draw; the rest share one bar
+    show: int = 14, # most probable tokens to draw; the rest share one bar
 ) -> "Figure":
     "One next-token distribution under different samplings: bars are what is drawn from, outlines what the model said."
     from mmie.figures import PALETTE, figure
@@ -154,9 +154,11 @@ def sampling_figure(
         ax.text(0.6, 0.85, f"{int(drawn.isfinite().sum()):,} tokens can be drawn", transform=ax.transAxes, ha="center")
         names = [*(labels[i] for i in order[:show].tolist()), "all others"]
         ax.set_xticks(range(show + 1), names, rotation=70, ha="right", rotation_mode="anchor")
-        ax.set(ylabel="probability", ylim=(0, 0.75))
-    for ax in np.asarray(axes, dtype=object).ravel()[len(settings):]:
-        ax.remove()
+        ax.set(ylabel="probability")
+    panels = np.asarray(axes, dtype=object).ravel()
+    top = max(ax.get_ylim()[1] for ax in panels[:len(settings)])
+    for n, ax in enumerate(panels):
+        ax.set_ylim(0, 1.15 * top) if n < len(settings) else ax.remove()
     return fig
 
 # %% ../../nbs/31_models.generation.ipynb #3ed1d88e
