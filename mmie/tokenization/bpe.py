@@ -295,7 +295,7 @@ def _encode_long(
     return [i for i in ids if i >= 0]
 
 # %% ../../nbs/13_tokenization.bpe.ipynb #a95c366f
-_LONG = 64 # bytes from which on the quadratic way may lose
+_LONG = 32 # bytes from which on the quadratic way loses
 
 class _ChunkCache(dict[str, tuple[int, ...]]):
     "Chunk → ids; computes what it doesn't have."
