@@ -125,6 +125,9 @@ class Vocabulary:
         "The text of the ids, special tokens by their names."
         return self.decode_bytes(ids).decode("utf-8", errors)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.vocab_size:,} tokens, {len(self.special_tokens)} of them special)"
+
 # %% ../../nbs/11_tokenization.base.ipynb #286bcb24
 def _byte_spans(
     text: str, # the text that was encoded
