@@ -34,9 +34,10 @@ import torch
 
 from ..core import InputError
 from ..measure import html_table, text_table
+from ..models.decoder import IGNORE
 from ..models.generation import CausalLM, generate
 from ..tokenization.base import BaseTokenizer
-from .data import IGNORE, Batch
+from .data import Batch
 
 # %% ../../nbs/45_training.finetune.ipynb #db40b12e
 if TYPE_CHECKING:
