@@ -56,7 +56,7 @@ def test_wrong_words(mmie: Run, tmp_path: Path) -> None:
     refused(mmie("run", "--out", tmp_path / "a", "--preset", "tyni"), "tyni", "tiny")
     refused(mmie("runn"), "runn")
     refused(mmie("--log-level", "LOUD", "report", "--run", tmp_path), "LOUD")
-    refused(mmie("tokenizer", "train", "--corpus", tmp_path, "--vocab-size", "many", "--out", tmp_path / "b"), "many")
+    refused(mmie("tokenizer", "train", "--corpus", tmp_path, "--vocab-size", "many", "--out", tmp_path / "b"), "--vocab-size")
 
 
 def test_files_that_are_no_text(mmie: Run, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_models_and_tokenizers_that_are_none(mmie: Run, text: Path, tokenizer: P
     for file in tokenizer.iterdir():
         (damaged / file.name).write_bytes(file.read_bytes()[:40])
     refused(mmie("tokenizer", "encode", "--tokenizer", damaged, "Hi"), "damaged")
-    (tmp_path / "train.yaml").write_text("stepps: 5\n", encoding="utf-8")
+    (tmp_path / "train.yaml").write_text("pretrain: {stepps: 5}\n", encoding="utf-8")
     refused(mmie("train", "--corpus", text, "--tokenizer", tokenizer, "--config", tmp_path / "train.yaml", "--out", tmp_path / "m"), "stepps", "steps")
 
 
