@@ -202,7 +202,7 @@ def _tokenizer_encode(
         typer.echo(json.dumps(ids))
 
 
-@_tokenizer.command("decode", epilog="Example:  echo '[72, 105]' | mmie tokenizer decode --tokenizer runs/tiny/tokenizer")
+@_tokenizer.command("decode", epilog="Example:  mmie tokenizer decode --tokenizer runs/tiny/tokenizer 72 105")
 def _tokenizer_decode(
     tokenizer: _Tokenizer, # folder
     ids: Annotated[
@@ -326,7 +326,7 @@ def _baselines(
     _tell(set_the_bar(corpus, tokenizer, out, order=order, seed=seed or 0))
 
 
-@app.command("exam", epilog="Example:  mmie exam --corpus work/corpus --pretrained work/a --fine-tuned work/b --int8 work/c --out work/exam")
+@app.command("exam", epilog="Example:  mmie exam --corpus work/corpus --pretrained work/a --fine-tuned work/b --int8 work/c --out work/d")
 def _exam(
     corpus: Annotated[Path, typer.Option(help="Folder that `mmie corpus` wrote.")], # text to learn from
     pretrained: Annotated[Path, typer.Option(help="Folder of the pretrained model.")], # folder

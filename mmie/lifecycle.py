@@ -549,12 +549,12 @@ def openings(
     documents: Sequence[Document], # held out
     n: int = 3, # how many
     words: int = 6, # length of each
-) -> list[str]: # the first words of prose lines, from documents spread over the list
+) -> list[str]: # the first words of paragraphs of prose, from documents spread over the list
     "Beginnings for the model to continue: taken from text it has never seen, by rule, not by taste."
     found: list[str] = []
     for document in documents:
-        lines = (line.split() for line in document.text.splitlines())
-        prose = next((line for line in lines if len(line) > words and all(w.strip(".,:;'\"()`").isalpha() for w in line[:words])), None)
+        paragraphs = (paragraph.split() for paragraph in document.text.split("\n\n"))
+        prose = next((p for p in paragraphs if len(p) > words and p[0].istitle() and all(map(str.isalpha, p[:words]))), None)
         if prose:
             found.append(" ".join(prose[:words]))
     distinct = list(dict.fromkeys(found)) or ["The"]
@@ -568,7 +568,7 @@ def continue_text(
     prompts: Sequence[str], # beginnings
     *,
     max_new_tokens: int = 60, # length of what is added, as far as the model's memory reaches
-    temperature: float = 0.8, # 0 is greedy
+    temperature: float = 0.6, # 0 is greedy
     top_k: int | None = 50, # draw among this many
     seed: int = 0, # of the draw
 ) -> list[str]: # continuations, without the prompts
@@ -597,7 +597,7 @@ def decoding_speed(
     return best
 
 # %% ../nbs/93_lifecycle.ipynb #df03a1df
-SAMPLING = "temperature 0.8, top-k 50, seed 0"
+SAMPLING = "temperature 0.6, top-k 50, seed 0"
 
 
 def examine(
@@ -736,6 +736,7 @@ def _variants(
 def write_run_report(
     folder: str | Path, # of a run, finished or not
     command: str = "", # as typed; worked out from the settings when empty
+    done: Mapping[str, Finished] | None = None, # its stages, when they have just been gone through
 ) -> Path: # report.html, beside report.json
     "Write the report of what a run has done so far. Raises `InputError` when the folder holds no run."
     out = Path(folder)
@@ -743,7 +744,8 @@ def write_run_report(
     if mark.get("kind") != RUN:
         raise InputError("this folder holds no run", where=str(out), fix="name the folder given to `mmie run --out`")
     config = RunConfig.model_validate(mark["settings"])
-    done = {stage.kind: found for stage in STAGES if (found := Finished.read(out / stage.kind))}
+    if done is None:
+        done = {stage.kind: found for stage in STAGES if (found := Finished.read(out / stage.kind, reused=False))}
     usual = shlex.join(["mmie", "run", "--preset", config.preset, "--seed", str(config.seed), "--out", str(out)])
     report = assemble(config, done, command or usual)
     report.write(out / "report.json")
@@ -764,5 +766,5 @@ def run_life(
         read_pairs(config.questions) # a mistake in there should not come to light after minutes of work
     claim_folder(out, RUN, config.model_dump(mode="json"))
     with _released_on_mistakes(out):
-        run_stages(config, out, announce=announce, progress=progress)
-    return write_run_report(out, command)
+        done = run_stages(config, out, announce=announce, progress=progress)
+    return write_run_report(out, command, done)

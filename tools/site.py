@@ -129,7 +129,9 @@ def build_without_quarto() -> None:
 
 def main() -> None:
     if shutil.which("quarto"):
+        readme = (ROOT / "README.md").read_bytes()
         subprocess.run(["nbdev_docs"], cwd=ROOT, check=True)
+        (ROOT / "README.md").write_bytes(readme) # nbdev may have written its own, whose links start in nbs/
     else:
         build_without_quarto()
     sys.stdout.write(f"open {(DOCS / 'index.html').relative_to(ROOT)}\n")

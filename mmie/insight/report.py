@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Part', 'ModelCard', 'CorpusCard', 'StageRecord', 'Curve', 'Compression', 'TokenView', 'Sample', 'Question', 'Exam',
            'Variant', 'Reproduction', 'RunReport', 'Conclusion', 'against', 'verdict', 'caveats', 'visible',
-           'curve_figure', 'compression_figure', 'exam_figure', 'render_report', 'write_report']
+           'curve_figure', 'compression_figure', 'answers_figure', 'render_report', 'write_report']
 
 # %% ../../nbs/92_insight.report.ipynb #d9621006
 import base64
@@ -624,7 +624,7 @@ def _score_rows(
     return rows + [(age, s) for age, s in ages if s.total]
 
 
-def exam_figure(
+def answers_figure(
     exam: Exam, # questions and answers
     width: int = 760, # pixels the drawing is made for
 ) -> str: # SVG
@@ -706,7 +706,7 @@ def render_report(
         r=report, verdict=verdict(report), caveats=caveats(report), lede=_lede(report), backdrop=_backdrop(report.pretraining),
         predictors=_predictors(report.compression) if report.compression else [],
         rival=next(iter(_references(report.compression)[::-1]), None),
-        curve_figure=twice(curve_figure), compression_figure=twice(compression_figure), exam_figure=twice(exam_figure))
+        curve_figure=twice(curve_figure), compression_figure=twice(compression_figure), answers_figure=twice(answers_figure))
 
 # %% ../../nbs/92_insight.report.ipynb #a319d572
 def write_report(
