@@ -22,8 +22,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-import numpy as np
-from numpy.typing import ArrayLike
 from pydantic import Field
 
 # %% ../nbs/93_lifecycle.ipynb #40083674
@@ -35,7 +33,7 @@ from mmie.insight.report import (
 from .measure import format_bytes
 from .models.decoder import DecoderLM, ModelConfig
 from .models.generation import generate
-from .models.ngram import NGramModel, lzma_bits, total_bits
+from .models.ngram import compressor_bars
 from .quantization.post_training import load_quantized, quantize, save_quantized, size_report
 from .tokenization.base import BaseTokenizer
 from .tokenization.bpe import BPETokenizer
@@ -446,31 +444,16 @@ def set_the_bar(
     "Bits per byte of the held-out text under strong simple models. Raises `InputError` as `load_corpus` does."
     def work(folder: Path) -> Made:
         words = BPETokenizer.load(tokenizer)
-        sides = load_corpus(corpus, heldout=heldout, seed=seed)
-        raw = [[document.text.encode() for document in side] for side in sides]
-        ids = [[[*row, words.special_tokens[EOS]] for row in words.encode_batch([d.text for d in side])] for side in sides]
-        size = sum(map(len, raw[1]))
-        xz = lzma_bits(b"\n\n".join(raw[0]) + b"\n\n", b"\n\n".join(raw[1]))
-        scores = {
-            "uniform": math.log2(words.vocab_size) * sum(map(len, ids[1])) / size,
-            "lzma": xz.alone / size,
-            "lzma_given_train": xz.given_train / size,
-            "ngram_bytes": _ngram_bits([[np.frombuffer(text, np.uint8) for text in side] for side in raw], order, 256) / size,
-            "ngram_tokens": _ngram_bits(ids, order, words.vocab_size) / size,
-        }
+        train, valid = ([document.text for document in side] for side in load_corpus(corpus, heldout=heldout, seed=seed))
+        bars = compressor_bars(train, valid, words, order=order, eos_id=words.special_tokens[EOS])
+        size, n_tokens = sum(len(text.encode()) for text in valid), sum(map(len, words.encode_batch(valid))) + len(valid)
+        names = ("lzma", "lzma_given_train", "ngram_bytes", "ngram_tokens") # in the order of `compressor_bars`
+        scores = {"uniform": math.log2(words.vocab_size) * n_tokens / size, **dict(zip(names, bars.values(), strict=True))}
         told = {name.replace("_", " "): f"{score:.3f} bits per byte" for name, score in scores.items()}
         return Made({"held-out text": format_bytes(size)}, told, {**scores, "ngram_order": order})
     named: list[object] = [word for path in corpus for word in ("--corpus", path)]
     settings = {"corpus": [str(path) for path in corpus], "tokenizer": str(tokenizer), "order": order, "heldout": heldout, "seed": seed}
     return BASELINES.run(out, settings, work, ["baselines", *named, "--tokenizer", tokenizer, "--out", out])
-
-
-def _ngram_bits(
-    sides: Sequence[Sequence[ArrayLike]], # documents to count, documents to score
-    order: int,
-    vocab_size: int,
-) -> float: # bits for all of the second side
-    return total_bits(NGramModel.fit(sides[0], order=order, vocab_size=vocab_size), sides[1])
 
 # %% ../nbs/93_lifecycle.ipynb #11336a15
 FINETUNE = Stage("finetune", "Fine-tune the assistant", "Learn to answer questions: the loss is on the answers alone.")

@@ -167,7 +167,7 @@ def _topics(
 
 # %% ../../nbs/10_tokenization.corpora.ipynb #1582e53f
 PACKAGES = (
-    "torch", "numpy", "matplotlib", "pydantic", "pydantic-settings", "jinja2", "psutil", "typer", "tqdm", "regex", "safetensors", "pyyaml",
+    "torch", "numpy", "matplotlib", "pydantic", "jinja2", "psutil", "typer", "tqdm", "regex", "safetensors", "pyyaml",
 )
 
 _LEFT_OUT = {"test", "tests", "testing", "idle_test", "lib2to3", "site-packages", "dist-packages", "vendor", "v1"}
