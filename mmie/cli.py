@@ -275,7 +275,9 @@ def _generate(
     ask: Annotated[
         bool, typer.Option("--ask", help="Treat the prompt as a question for a fine-tuned model."),
     ] = False, # whether it is a question
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 100, # at most
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens to write; when left out, up to 100, as far as the model's memory reaches."),
+    ] = None, # at most
     temperature: Annotated[
         float, typer.Option(min=0, help="0 always takes the likeliest token; 1 draws as the model believes."),
     ] = 0.8, # 0 is greedy
@@ -293,7 +295,8 @@ def _generate(
     template, text = ChatTemplate(), _standard_input() if prompt is None else prompt
     ids = template.prompt(words, text) if ask else [words.special_tokens[EOS], *words.encode(text)]
     stop = {words.special_tokens[EOS], words.special_tokens[template.end]}
-    new = generate_stream(decoder, ids, max_new_tokens, temperature=0 if ask else temperature, top_k=top_k, top_p=top_p,
+    length = max_new_tokens or max(1, min(100, decoder.max_length - len(ids)))
+    new = generate_stream(decoder, ids, length, temperature=0 if ask else temperature, top_k=top_k, top_p=top_p,
                           seed=seed or 0, eos_id=stop)
     for piece in stream_text(new, words):
         typer.echo(piece, nl=False)

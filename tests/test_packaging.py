@@ -40,7 +40,7 @@ modules = [m.name for m in pkgutil.walk_packages(mmie.__path__, "mmie.") if not 
 for name in modules:
     importlib.import_module(name)
 from mmie import BPETokenizer
-tokenizer = BPETokenizer.train(["low lower lowest " * 20], 270)
+tokenizer = BPETokenizer.train(["low lower lowest " * 20], 262)
 print(json.dumps({"light": light, "modules": len(modules), "version": mmie.__version__, "where": mmie.__file__,
                   "round": tokenizer.decode(tokenizer.encode("lowest")), "nbdev": [m for m in sys.modules if m.split(".")[0] in ("nbdev", "fastcore", "IPython")]}))
 """

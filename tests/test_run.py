@@ -153,12 +153,10 @@ def test_a_report_of_an_unfinished_run(mmie: Run, finished: Path, tmp_path: Path
     assert (part / "report.html").stat().st_size > 2000
 
 
-def test_a_full_disk_is_said_in_one_line(mmie: Run, tmp_path: Path) -> None:
+def test_a_full_disk_is_said_in_one_line(notes: Path, tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    text = tmp_path / "text.txt"
-    text.write_text("Some words to learn from, again and again.\n" * 2000, encoding="utf-8")
-    program = [str(Path(sys.executable).parent / "mmie"), "tokenizer", "train", "--corpus", str(text), "--vocab-size", "300", "--out", str(tmp_path / "t")]
+    program = [str(Path(sys.executable).parent / "mmie"), "tokenizer", "train", "--corpus", str(notes), "--vocab-size", "300", "--out", str(tmp_path / "t")]
     with open("/dev/full", "w", encoding="utf-8") as full:
         done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     assert done.returncode == 1 and "Traceback" not in done.stderr
