@@ -306,7 +306,7 @@ RUN_PRESETS: dict[str, dict[str, object]] = {
     },
     "tiny": {
         "vocab_size": 2048, "shape": {"n_layers": 4},
-        "pretrain": {"steps": 480, "batch_size": 16, "optimizer": "muon", "lr": 3e-3, "muon_lr": 7e-3, "schedule": "linear", "warmup": 20,
+        "pretrain": {"steps": 480, "batch_size": 16, "optimizer": "muon", "lr": 3e-3, "muon_lr": 1.2e-2, "schedule": "linear", "warmup": 20,
                      "eval_every": 60, "checkpoint_every": 60},
         "finetune": {"steps": 400, "batch_size": 32, "optimizer": "muon", "lr": 1e-3, "muon_lr": 2e-3, "schedule": "linear", "warmup": 10,
                      "checkpoint_every": 100},
