@@ -56,7 +56,7 @@ def test_every_chapter_has_a_page(pages: dict[str, Page]) -> None:
 def test_no_markup_is_left_raw(pages: dict[str, Page]) -> None:
     for name, page in pages.items():
         text = "".join(page.words)
-        assert not re.findall(r"\$\$|^:::|^#\| ?\w+", text, re.MULTILINE), name
+        assert not re.findall(r"\$\$|^:::|^#\| ?\w+|\]\((?:http|\w+\.html)", text, re.MULTILINE), name
 
 
 def test_every_link_leads_somewhere(pages: dict[str, Page]) -> None:

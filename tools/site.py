@@ -95,13 +95,14 @@ def convert(page: Page) -> None:
     template = ROOT / "tools" / "pandoc.html"
     page.toc, _, page.body = pypandoc.convert_text(
         text, "html5", format=MARKDOWN,
-        extra_args=["--mathml", "--toc", "--toc-depth=3", "--standalone", f"--template={template}", "--highlight-style=kate",
+        extra_args=["--mathml", "--toc", "--toc-depth=3", "--standalone", f"--template={template}", "--syntax-highlighting=kate",
                     "--wrap=preserve", "--metadata=title:x"],
     ).partition("<!--body-->")
 
 
-def relink(body: str, targets: dict[str, str]) -> str:
-    "Links to notebooks become links to pages."
+def relink(body: str, targets: dict[str, str], home: str) -> str:
+    "Links to notebooks, and to the published site, become links to the pages beside this one."
+    body = body.replace(f'href="{home}/', 'href="')
     return re.sub(r'href="(?:\./)?([^"#:]+\.ipynb)(#[^"]*)?"', lambda m: f'href="{targets.get(m[1], m[1])}{m[2] or ""}"', body)
 
 
@@ -114,12 +115,12 @@ def build_without_quarto() -> None:
     pages = sidebar()
     for page in pages:
         convert(page)
-    targets = {page.source: page.target for page in pages}
+    targets, home = {page.source: page.target for page in pages}, config.doc_host + config.doc_baseurl
     shell = jinja2.Environment(autoescape=True).from_string((ROOT / "tools" / "page.html.j2").read_text(encoding="utf-8"))
     for before, page, after in zip([None, *pages[:-1]], pages, [*pages[1:], None], strict=True):
         source = f"{config.git_url}/blob/{config.branch}/nbs/{page.source}"
         text = shell.render(page=page, pages=pages, before=before, after=after, site=config.title, version=config.version, source=source,
-                            body=relink(page.body, targets), toc=page.toc, lead=html.unescape(page.description))
+                            body=relink(page.body, targets, home), toc=page.toc, lead=html.unescape(page.description))
         (DOCS / page.target).write_text(text, encoding="utf-8")
     shutil.copy(ROOT / "nbs" / "styles.css", DOCS / "styles.css")
     shutil.copy(ROOT / "tools" / "site.css", DOCS / "site.css")
