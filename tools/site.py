@@ -100,9 +100,11 @@ def convert(page: Page) -> None:
     ).partition("<!--body-->")
 
 
-def relink(body: str, targets: dict[str, str], home: str) -> str:
-    "Links to notebooks, and to the published site, become links to the pages beside this one."
-    body = body.replace(f'href="{home}/', 'href="')
+def relink(body: str, targets: dict[str, str], home: str, ids: dict[str, set[str]]) -> str:
+    "Links to notebooks, and those that nbdev makes to the published site, become links to the pages beside this one."
+    def symbol(match: re.Match[str]) -> str: # private names and methods have no heading of their own
+        return f'href="{match[1]}{match[2] if match[2][1:] in ids.get(match[1], ()) else ""}"'
+    body = re.sub(rf'href="{re.escape(home)}/([^"#]+)(#[^"]*)"', symbol, body)
     return re.sub(r'href="(?:\./)?([^"#:]+\.ipynb)(#[^"]*)?"', lambda m: f'href="{targets.get(m[1], m[1])}{m[2] or ""}"', body)
 
 
@@ -116,11 +118,12 @@ def build_without_quarto() -> None:
     for page in pages:
         convert(page)
     targets, home = {page.source: page.target for page in pages}, config.doc_host + config.doc_baseurl
+    ids = {page.target: set(re.findall(r'id="([^"]+)"', page.body)) for page in pages}
     shell = jinja2.Environment(autoescape=True).from_string((ROOT / "tools" / "page.html.j2").read_text(encoding="utf-8"))
     for before, page, after in zip([None, *pages[:-1]], pages, [*pages[1:], None], strict=True):
         source = f"{config.git_url}/blob/{config.branch}/nbs/{page.source}"
         text = shell.render(page=page, pages=pages, before=before, after=after, site=config.title, version=config.version, source=source,
-                            body=relink(page.body, targets, home), toc=page.toc, lead=html.unescape(page.description))
+                            body=relink(page.body, targets, home, ids), toc=page.toc, lead=html.unescape(page.description))
         (DOCS / page.target).write_text(text, encoding="utf-8")
     shutil.copy(ROOT / "nbs" / "styles.css", DOCS / "styles.css")
     shutil.copy(ROOT / "tools" / "site.css", DOCS / "site.css")
