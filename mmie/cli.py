@@ -112,7 +112,7 @@ _Config = Annotated[
 ]
 _Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer steps; the preset's number when left out.")]
 _Preset = Annotated[
-    str, typer.Option("--preset", help="Sizes and lengths that fit together: smoke (seconds), tiny (minutes), small (hours)."),
+    str, typer.Option("--preset", help="Sizes and lengths that fit together: smoke (seconds) or tiny (minutes)."),
 ]
 
 # %% ../nbs/94_cli.ipynb #fa50af7e

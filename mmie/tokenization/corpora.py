@@ -407,5 +407,5 @@ def split_documents(
     if not valid_fraction / 3 <= share <= min(3 * valid_fraction, (1 + valid_fraction) / 2):
         train, valid = _cut_ends(documents, valid_fraction)
     if not train or not valid:
-        raise InputError(f"too little text to hold {valid_fraction:.0%} out", fix="give more documents, or longer ones")
+        raise InputError(f"too little text to hold {valid_fraction:.0%} out", fix="give more documents, or longer ones with line breaks")
     return train, valid
