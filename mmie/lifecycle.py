@@ -184,6 +184,12 @@ def _read_documents(
     rows = map(json.loads, path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
     return [Document(row["name"], row["text"]) for row in rows]
 
+def _corpus_options(
+    paths: Sequence[str | Path], # files and folders
+) -> list[object]: # as the command line takes them
+    return [word for path in paths for word in ("--corpus", path)]
+
+
 def _enough(
     documents: list[Document],
     paths: Sequence[str | Path], # where they are from
@@ -214,9 +220,8 @@ def make_corpus(
                     {"documents": f"{len(train):,} to learn from, {len(valid):,} held out",
                      "text": f"{format_bytes(sizes['train'])} to learn from, {format_bytes(sizes['heldout'])} held out"},
                     {"documents": len(documents), "train_bytes": sizes["train"], "heldout_bytes": sizes["heldout"], "sources": sources})
-    chosen: list[object] = [word for path in paths for word in ("--corpus", path)]
     settings = {"paths": [str(path) for path in paths], "packages": [] if paths else list(packages), "heldout": heldout, "seed": seed}
-    return CORPUS.run(out, settings, work, ["corpus", *chosen, "--seed", seed, "--out", out])
+    return CORPUS.run(out, settings, work, ["corpus", *_corpus_options(paths), "--seed", seed, "--out", out])
 
 # %% ../nbs/93_lifecycle.ipynb #55917ad3
 def load_corpus(
@@ -260,8 +265,8 @@ def make_tokenizer(
                     {"vocabulary": f"{tokenizer.vocab_size:,} tokens", "compression": f"{per_token:.2f} bytes a token"},
                     {"vocab_size": tokenizer.vocab_size, "bytes_per_token": per_token})
     settings = {"corpus": [str(path) for path in corpus], "vocab_size": vocab_size, "heldout": heldout, "seed": seed}
-    words: list[object] = [word for path in corpus for word in ("--corpus", path)]
-    return TOKENIZER.run(out, settings, work, ["tokenizer", "train", *words, "--vocab-size", vocab_size, "--out", out])
+    command = ["tokenizer", "train", *_corpus_options(corpus), "--vocab-size", vocab_size, "--out", out]
+    return TOKENIZER.run(out, settings, work, command)
 
 # %% ../nbs/93_lifecycle.ipynb #6c6c2c46
 class StageConfig(TrainConfig):
@@ -411,8 +416,8 @@ def pretrain(
         return Made({"text": f"{files[0].n_tokens:,} tokens"}, told, facts)
     settings = {"corpus": [str(path) for path in corpus], "tokenizer": str(tokenizer), "model": config.model, "shape": config.shape,
                 "heldout": config.heldout, "pretrain": plan.model_dump(mode="json")}
-    named: list[object] = [word for path in corpus for word in ("--corpus", path)]
-    return PRETRAIN.run(out, settings, work, ["train", *named, "--tokenizer", tokenizer, "--config", out / _SETTINGS, "--out", out])
+    command = ["train", *_corpus_options(corpus), "--tokenizer", tokenizer, "--config", out / _SETTINGS, "--out", out]
+    return PRETRAIN.run(out, settings, work, command)
 
 # %% ../nbs/93_lifecycle.ipynb #32df85b0
 def _train(
@@ -451,9 +456,8 @@ def set_the_bar(
         scores = {"uniform": math.log2(words.vocab_size) * n_tokens / size, **dict(zip(names, bars.values(), strict=True))}
         told = {name.replace("_", " "): f"{score:.3f} bits per byte" for name, score in scores.items()}
         return Made({"held-out text": format_bytes(size)}, told, {**scores, "ngram_order": order})
-    named: list[object] = [word for path in corpus for word in ("--corpus", path)]
     settings = {"corpus": [str(path) for path in corpus], "tokenizer": str(tokenizer), "order": order, "heldout": heldout, "seed": seed}
-    return BASELINES.run(out, settings, work, ["baselines", *named, "--tokenizer", tokenizer, "--out", out])
+    return BASELINES.run(out, settings, work, ["baselines", *_corpus_options(corpus), "--tokenizer", tokenizer, "--out", out])
 
 # %% ../nbs/93_lifecycle.ipynb #11336a15
 FINETUNE = Stage("finetune", "Fine-tune the assistant", "Learn to answer questions: the loss is on the answers alone.")
@@ -594,8 +598,8 @@ def examine(
 ) -> Finished:
     "Compare the ages of a model on what none of them has seen."
     def work(folder: Path) -> Made:
-        models = {age: load_pair(path)[0] for age, path in ages.items()}
-        tokenizer = load_pair(ages["pretrained"])[1]
+        loaded = {age: load_pair(path) for age, path in ages.items()}
+        models, tokenizer = {age: model for age, (model, _) in loaded.items()}, loaded["pretrained"][1]
         models = {"before training": new_model(models["pretrained"].config, seed).eval(), **models}
         _, heldout = load_corpus([corpus])
         prompts = openings(heldout)
