@@ -89,22 +89,27 @@ def _checked(
 
 # %% ../../nbs/11_tokenization.base.ipynb #65bb96fc
 class Vocabulary:
-    "A table from ids to bytes: the ordinary tokens in order, then the special tokens."
+    "A table from ids to bytes: the ordinary tokens, and the special tokens, which usually come last."
     def __init__(
         self,
-        tokens: Sequence[bytes], # what id 0, 1, 2 … stand for
-        special_tokens: Sequence[str] = (), # names; their ids follow
+        tokens: Sequence[bytes] | Mapping[int, bytes], # what id 0, 1, 2 … stand for, or by id
+        special_tokens: Sequence[str] | Mapping[str, int] = (), # names, whose ids follow, or name → id
     ) -> None:
+        table = dict(tokens) if isinstance(tokens, Mapping) else dict(enumerate(tokens))
         names = [_checked(name) for name in special_tokens]
         if len(set(names)) < len(names) or "" in names:
             raise InputError(f"special tokens must be different and not empty, got {names}")
-        self.special_tokens: dict[str, int] = {name: len(tokens) + i for i, name in enumerate(names)}
-        self._table: dict[int, bytes] = dict(enumerate([*tokens, *(name.encode("utf-8") for name in names)]))
+        ids = special_tokens.values() if isinstance(special_tokens, Mapping) else range(max(table, default=-1) + 1, 1 << 62)
+        self.special_tokens: dict[str, int] = dict(zip(names, ids, strict=False))
+        if taken := [name for name, i in self.special_tokens.items() if i in table]:
+            raise InputError(f"special token {taken[0]!r} has the id {self.special_tokens[taken[0]]}, which is taken", fix="give it another")
+        self._table: dict[int, bytes] = table | {i: name.encode("utf-8") for name, i in self.special_tokens.items()}
+        self._size = max(self._table, default=-1) + 1
 
     @property
-    def vocab_size(self) -> int: # ids are 0 … vocab_size − 1
-        "How many ids there are, special tokens included."
-        return len(self._table)
+    def vocab_size(self) -> int: # all ids lie in 0 … vocab_size − 1; tokenizers of others may leave some out
+        "One more than the largest id: the rows an embedding needs."
+        return self._size
 
     def decode_bytes(
         self,
@@ -242,6 +247,7 @@ def _encode_shared(
 class BaseTokenizer(Vocabulary, _Stored):
     "What all tokenizers share: everything but the rule that cuts text."
     unknown_id: int | None = None # stands for text that has no ids; None: there is no such text
+    lossless: ClassVar[bool] = True # whether what was encoded comes back as it was
 
     def __init_subclass__(cls) -> None:
         _Stored.kinds[cls.kind] = cls
@@ -398,18 +404,17 @@ def _stored(
     return data
 
 # %% ../../nbs/11_tokenization.base.ipynb #1a6b0033
+_HOMES = {"bpe": "bpe", "wordpiece": "interchange", "unigram": "interchange"} # kind → its module, for those of later chapters
+
 def _class_of(
     kind: object, # what the file says
     where: str, # for the error
 ) -> type[BaseTokenizer]:
     "The class for a kind. Raises `InputError` if there is none."
-    if isinstance(kind, str) and kind not in _Stored.kinds and kind.isidentifier():
-        try:
-            importlib.import_module(f"mmie.tokenization.{kind}")
-        except ModuleNotFoundError as error:
-            raise InputError(f"unknown kind of tokenizer {kind!r}", where=where, fix=did_you_mean(kind, _Stored.kinds)) from error
+    if isinstance(kind, str) and kind in _HOMES:
+        importlib.import_module(f"mmie.tokenization.{_HOMES[kind]}") # which adds its class
     if not isinstance(kind, str) or kind not in _Stored.kinds:
-        raise InputError(f"unknown kind of tokenizer {kind!r}", where=where, fix=f"choose from {', '.join(_Stored.kinds)}")
+        raise InputError(f"unknown kind of tokenizer {kind!r}", where=where, fix=did_you_mean(str(kind), {*_Stored.kinds, *_HOMES}))
     return _Stored.kinds[kind]
 
 def load_tokenizer(
@@ -475,11 +480,14 @@ def _check_text(
     _require(ids == tokenizer.encode(text), "the same text gives the same ids", text)
     spans = tokenizer.offsets(text)
     _require(len(spans) == len(ids), "there is one offset for each id", text)
-    _require([0, *(end for _, end in spans)][-1] == len(text), "offsets end where the text ends", text)
+    _require(not tokenizer.lossless or [0, *(end for _, end in spans)][-1] == len(text), "offsets end where the text ends", text)
     for i, (start, end) in zip(ids, spans, strict=True):
-        inside = tokenizer.decode_bytes([i]) in text[start:end].encode("utf-8")
-        _require(0 <= start < end and (inside or i == tokenizer.unknown_id), "a token is inside its offsets", text)
-    if tokenizer.unknown_id is None or tokenizer.unknown_id not in ids:
+        inside = not tokenizer.lossless or i == tokenizer.unknown_id or tokenizer.decode_bytes([i]) in text[start:end].encode("utf-8")
+        _require(0 <= start < end <= len(text) and inside, "a token is inside its offsets", text)
+    if not tokenizer.lossless:
+        again = tokenizer.decode(ids)
+        _require(tokenizer.decode(tokenizer.encode(again)) == again, "what was decoded once stays as it is", text)
+    elif tokenizer.unknown_id is None or tokenizer.unknown_id not in ids:
         _require(tokenizer.decode_bytes(ids) == data and tokenizer.decode(ids) == text, "what was encoded comes back", text)
 
 # %% ../../nbs/11_tokenization.base.ipynb #4b8bba05
