@@ -16,11 +16,22 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 900 # seconds for one cell
 
 
+def drop_widgets(notebook: nbformat.NotebookNode) -> None:
+    "A widget lives as long as its kernel: where an output has HTML too, only that is stored."
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            for kind in [kind for kind in data if kind.startswith("application/vnd.jupyter.widget-") and "text/html" in data]:
+                del data[kind]
+
+
 def run(path: Path) -> float:
     "Execute one notebook in its own folder; the file is written only when every cell ran."
     notebook = nbformat.read(path, as_version=4)
     started = time.perf_counter()
     NotebookClient(notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    drop_widgets(notebook)
     nbformat.write(notebook, path)
     return time.perf_counter() - started
 

@@ -1,0 +1,192 @@
+"""The token explorer: its static twin in a browser, frame by frame, and what notebooks store of its widget."""
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import nbformat
+import pytest
+
+from mmie.tokenization.base import WordTokenizer
+from mmie.tokenization.bpe import GPT2_PATTERN, BPETokenizer
+from mmie.tokenization.explorer import TokenExplorer, align_tokens, cuts, legible, token_pieces, token_walk
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+CORPUS = ["the cat in the hat sat on the mat, then the rat returned 1234 times\n    and ate it. "] * 30
+NASTY = """</script><script>document.title = "owned"</script><img src=x onerror="document.title='owned'"> & "quotes" 'n' é🙂"""
+
+
+@pytest.fixture(scope="module")
+def bpe() -> BPETokenizer:
+    return BPETokenizer.train(CORPUS, 290)
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> BPETokenizer:
+    return BPETokenizer.train(CORPUS, 284, pattern=GPT2_PATTERN)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    "Chromium, driven by Playwright; both belong to the machine, not to the project's requirements."
+    driver = pytest.importorskip("playwright.sync_api", reason="no browser test without playwright (pip install playwright)")
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on the PATH")
+    with driver.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Any, tmp_path: Path) -> Iterator[Any]:
+    "Open some HTML; afterwards, there must have been no error and no request."
+    opened: list[Any] = []
+    trouble: list[str] = []
+
+    def go(html: str, **settings: object) -> Any:
+        path = tmp_path / "page.html"
+        path.write_text(html, encoding="utf-8")
+        page = browser.new_page(**settings)
+        opened.append(page)
+        page.on("console", lambda message: trouble.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: trouble.append(str(error)))
+        page.on("request", lambda request: trouble.append(request.url) if not request.url.startswith((path.as_uri(), "data:")) else None)
+        page.goto(path.as_uri())
+        return page
+
+    yield go
+    for page in opened:
+        page.close()
+    assert not trouble
+
+
+def saved(explorer: TokenExplorer, folder: Path) -> str:
+    return explorer.save(folder / "saved.html").read_text(encoding="utf-8")
+
+
+def drawn(page: Any) -> list[list[str]]:
+    "What is in each chip: text, id, tooltip."
+    return page.eval_on_selector_all(".t", "chips => chips.map(c => [c.querySelector('b').textContent, c.querySelector('i').textContent, c.title])")
+
+
+def expected(explorer: TokenExplorer) -> list[list[str]]:
+    "The same, from Python."
+    columns = align_tokens([walk.at(explorer.step) for walk in explorer.walks])
+    pieces = [piece for column in columns for cell in column for piece in cell]
+    return [[legible(p.data), str(p.id), f"id {p.id}, bytes {p.data.hex(' ')}"] for p in pieces]
+
+
+@pytest.mark.parametrize("compare", [False, True], ids=["one", "two"])
+def test_every_frame_is_pythons(bpe: BPETokenizer, gpt2: BPETokenizer, compare: bool, visit: Any, tmp_path: Path) -> None:
+    "From the last frame to the first by keyboard: chips, marks, counts and tables are what Python says."
+    explorer = TokenExplorer([bpe, gpt2] if compare else [bpe], "the cat returned 12345 times,\n    naïve 🙂 hats")
+    page = visit(saved(explorer, tmp_path))
+    slider = page.get_by_role("slider", name="Merges done")
+    slider.focus()
+    seen = set()
+    for step in range(explorer.steps, -1, -1):
+        explorer.step = step
+        assert slider.input_value() == str(step)
+        chips = drawn(page)
+        assert chips == expected(explorer)
+        seen.add(str(chips))
+        rows = [walk.at(step) for walk in explorer.walks]
+        assert page.locator(".sum tbody td:nth-of-type(1)").all_text_contents() == [str(len(row)) for row in rows]
+        assert page.locator(".all tbody tr").count() == sum(map(len, rows))
+        differ = [column for column in align_tokens(rows) if len(column) == 2 and len({tuple(p.end for p in cell) for cell in column}) == 2]
+        assert page.locator(".d").count() == len(differ)
+        page.keyboard.press("ArrowLeft")
+    assert len(seen) == explorer.steps + 1
+    page.keyboard.press("End")
+    explorer.step = explorer.steps
+    assert drawn(page) == expected(explorer)
+    assert "of" in page.locator("output").inner_text()
+
+
+def test_the_last_frame_by_script_is_the_page_without_it(bpe: BPETokenizer, gpt2: BPETokenizer, visit: Any, tmp_path: Path) -> None:
+    explorer = TokenExplorer([bpe, gpt2], "the hat:\n    12345 <b> & é")
+    html = saved(explorer, tmp_path)
+    without = visit(html, java_script_enabled=False)
+    before = {part: without.locator(part).inner_html() for part in (".board", ".sum", ".all")}
+    assert without.locator(".walk").is_hidden() and without.locator(".joins li").count() == sum(walk.steps for walk in explorer.walks)
+    page = visit(html)
+    page.get_by_role("slider").focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("End")
+    shape = "html => { const e = document.createElement('div'); e.innerHTML = html; return e.innerHTML.replace(/\\s+/g, ' ').replace(/ ?(<[^>]+>) ?/g, '$1'); }"
+    for part, html in before.items():
+        assert page.evaluate(shape, page.locator(part).inner_html()) == page.evaluate(shape, html), part
+
+
+def test_typed_markup_stays_text(bpe: BPETokenizer, visit: Any, tmp_path: Path) -> None:
+    page = visit(saved(TokenExplorer([bpe, WordTokenizer.train(CORPUS, 50)], NASTY), tmp_path))
+    page.get_by_role("slider").focus()
+    page.keyboard.press("Home")
+    assert page.title().startswith("Tokens: </script>") and page.locator("img").count() == 0
+    upper = page.locator(".g > span:nth-of-type(1) b").all_text_contents()
+    assert "".join(upper) == "".join(legible(bytes([byte])) for byte in NASTY.encode())
+
+
+def test_two_twins_on_a_page_move_apart(bpe: BPETokenizer, gpt2: BPETokenizer, visit: Any) -> None:
+    twins = [TokenExplorer([tokenizer], "the rat").html() for tokenizer in (bpe, gpt2)]
+    page = visit("<!doctype html><meta charset=utf-8>" + "".join(twins))
+    assert page.get_by_role("slider").count() == 2 and page.locator("[id]").count() == 0
+    before = page.locator(".board").all_inner_texts()
+    page.get_by_role("slider").nth(1).focus()
+    page.keyboard.press("Home")
+    after = page.locator(".board").all_inner_texts()
+    assert after[0] == before[0] and after[1] != before[1]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone_and_follows_the_theme(bpe: BPETokenizer, gpt2: BPETokenizer, scheme: str, visit: Any, tmp_path: Path) -> None:
+    text = "the cat returned 12345 times " + "x" * 90 + "\n    et voilà: 早上好 👩🏽\u200d🚀 שלום "
+    page = visit(saved(TokenExplorer([bpe, gpt2], text), tmp_path), viewport={"width": 380, "height": 700}, color_scheme=scheme)
+    page.locator("summary").first.click()
+    for _ in range(2):
+        assert page.evaluate("document.documentElement.scrollWidth") <= 380
+        page.get_by_role("slider").focus()
+        page.keyboard.press("Home")
+    red = int(page.evaluate("getComputedStyle(document.querySelector('.mmie-tokens')).backgroundColor").split("(")[1].split(",")[0])
+    assert red > 200 if scheme == "light" else red < 60
+    page.evaluate("scheme => document.body.classList.add(scheme === 'light' ? 'quarto-dark' : 'quarto-light')", scheme)
+    switched = int(page.evaluate("getComputedStyle(document.querySelector('.mmie-tokens')).backgroundColor").split("(")[1].split(",")[0])
+    assert (switched > 128) != (red > 128), "Quarto's own switch is stronger than the system's"
+
+
+@pytest.mark.parametrize("text", ["", " ", "\0\n\t", "naïve \u0301e\u0301", "👩🏽\u200d🚀🇨🇭", "x" * 299, NASTY])
+def test_walks_end_where_encode_does(bpe: BPETokenizer, text: str) -> None:
+    walk = token_walk(bpe, text)
+    assert walk.at(walk.steps) == [piece for piece in walk.pieces if piece.died == walk.steps + 1]
+    assert [piece.id for piece in walk.at(walk.steps)] == bpe.encode(text)
+    for step in range(walk.steps + 1):
+        assert b"".join(piece.data for piece in walk.at(step)) == text.encode()
+    assert cuts(bpe, text) == {piece.start for piece in token_pieces(bpe, text)} - {0}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_notebook_stores_a_widget(path: Path) -> None:
+    "A stored widget is dead, and Quarto would prefer it to the twin and load scripts for it. Run tools/notebooks.py."
+    notebook = nbformat.read(path, as_version=4)
+    assert "widgets" not in notebook.metadata
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            assert not [kind for kind in output.get("data", {}) if kind.startswith("application/vnd.jupyter.widget-")], cell.source
+
+
+def test_storing_drops_the_widget_and_keeps_the_twin() -> None:
+    import importlib.util
+    spec = importlib.util.spec_from_file_location("notebooks", ROOT / "tools" / "notebooks.py")
+    assert spec and spec.loader
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    widget = "application/vnd.jupyter.widget-view+json"
+    outputs = [{"data": {widget: {}, "text/html": "<p>", "text/plain": "x"}}, {"data": {"text/plain": "x"}}, {"text": "printed"}]
+    notebook = SimpleNamespace(metadata={"widgets": {}}, cells=[{"outputs": outputs}, {"source": "no outputs"}])
+    tool.drop_widgets(notebook)
+    assert outputs[0]["data"].keys() == {"text/html", "text/plain"} and not notebook.metadata
