@@ -123,13 +123,14 @@ def _lives(
     ids: Mapping[bytes, int], # of all pieces
 ) -> list[TokenPiece]: # in the order of the text
     "When each piece appeared and went."
-    seen: dict[tuple[int, int], TokenPiece] = {}
+    data, lives = b"".join(states[0]), dict[tuple[int, int], tuple[int, int]]()
     for step, state in enumerate(states):
-        for part, end in zip(state, itertools.accumulate(map(len, state)), strict=True):
-            place = (end - len(part), end)
-            born = seen[place].born if place in seen else step
-            seen[place] = TokenPiece(*place, ids[part], part, born, step + 1)
-    return sorted(seen.values(), key=lambda piece: (piece.start, piece.end))
+        end = 0
+        for part in state:
+            start, end = end, end + len(part)
+            born, _ = lives.get((start, end), (step, step))
+            lives[start, end] = born, step + 1
+    return [TokenPiece(start, end, ids[data[start:end]], data[start:end], *life) for (start, end), life in sorted(lives.items())]
 
 # %% ../../nbs/18_tokenization.explorer.ipynb #2ee07765
 def token_walk(
@@ -287,8 +288,10 @@ def _scene(
 ) -> dict[str, object]: # what the template reads
     "Everything on the page, as plain values."
     walks, step, size = state.walks, state.step, len(state.text.encode("utf-8"))
+    joined = "; ".join(merges_made(walk)[step - 1] for walk in walks if 0 < step <= walk.steps)
     return {
         "size": f"{len(state.text):,} characters, {size:,} bytes of UTF-8", "steps": state.steps, "step": step,
+        "said": f"{step} of {state.steps} merges" + (f": {joined}" if joined else ""),
         "columns": _columns([walk.at(step) for walk in walks], step), "notes": _notes(names, state),
         "rows": [_row(name, walk, other, size, step) for name, walk, other in zip(names, walks, walks[::-1], strict=True)],
         "walks": [_film(walk, size) for walk in walks],
@@ -358,23 +361,49 @@ def _widgets() -> "ModuleType":
     except ImportError as error:
         raise InputError("the live explorer needs ipywidgets", fix="pip install ipywidgets, or use explorer_html") from error
 
+# %% ../../nbs/18_tokenization.explorer.ipynb #20f451ec
+def _controls(
+    w: "ModuleType", # ipywidgets
+    explorer: TokenExplorer, # whose step to show and to set
+) -> _Panel:
+    "A slider over the merges, a number to type, and three buttons."
+    slider = w.IntSlider(readout=False, layout=w.Layout(flex="1 1 8em", width="auto"))
+    number = w.BoundedIntText(description="Merges done", style={"description_width": "7em"}, layout=w.Layout(width="12em"))
+    back, on, play = w.Button(description="Back"), w.Button(description="Next"), w.ToggleButton(description="Play", tooltip="Play or stop")
+    film = w.Play(interval=500, repeat=True, layout=w.Layout(display="none"))
+    row = w.HBox([number, slider, back, on, play, film], layout=w.Layout(flex_flow="row wrap"))
+
+    def show() -> None:
+        for part in (slider, number, film):
+            part.max, part.value = explorer.steps, explorer.step
+        row.layout.display = "flex" if explorer.steps else "none"
+
+    def moved(change: Mapping[str, int]) -> None:
+        if change["new"] != explorer.step and change["new"] <= explorer.steps:
+            explorer.step = change["new"]
+
+    show()
+    explorer.listeners.append(show)
+    slider.observe(moved, "value")
+    for one, other in (((number, "value"), (slider, "value")), ((film, "value"), (slider, "value")), ((play, "value"), (film, "playing"))):
+        w.jslink(one, other) # inside the browser, without a way through Python
+    for button, by in ((back, -1), (on, 1)):
+        button.layout.width = play.layout.width = "4.5em"
+        button.on_click(lambda _, by=by: setattr(slider, "value", min(max(slider.value + by, 0), slider.max)))
+    panel: _Panel = row
+    return panel
+
+# %% ../../nbs/18_tokenization.explorer.ipynb #f2156cc2
 def _panel(
     explorer: TokenExplorer, # whose text and step to show and to set
 ) -> _Panel:
     "A text area, a slider and the tokens, tied to an explorer."
     w = _widgets()
-    wide, labels = w.Layout(width="100%"), {"description_width": "7em"}
-    box = w.Textarea(value=explorer.text, description="Text", rows=3, layout=wide, style=labels)
-    slider = w.IntSlider(value=explorer.step, max=explorer.steps, description="Merges done", layout=wide, style=labels)
-    play = w.Play(value=explorer.step, max=explorer.steps, interval=500, repeat=True, tooltip="Play the merges")
-    buttons = {"−1": "One merge back", "+1": "One merge on"}
-    back, on = (w.Button(description=name, tooltip=tip, layout=w.Layout(width="auto")) for name, tip in buttons.items())
-    view, controls = w.HTML(layout=wide), w.HBox([slider, back, on, play])
+    box = w.Textarea(value=explorer.text, description="Text", rows=3, style={"description_width": "7em"}, layout=w.Layout(width="auto"))
+    view = w.HTML()
 
     def show() -> None:
-        slider.max = play.max = explorer.steps
-        slider.value, box.value = explorer.step, explorer.text
-        controls.layout.display = "flex" if explorer.steps else "none"
+        box.value = explorer.text
         view.value = str(_template().view(_scene(explorer.names, explorer))) # type: ignore[attr-defined]
 
     def typed(change: Mapping[str, str]) -> None:
@@ -384,18 +413,10 @@ def _panel(
         except InputError as error:
             view.value = f'<p role="alert">{html.escape(str(error))}</p>'
 
-    def moved(change: Mapping[str, int]) -> None:
-        if change["new"] != explorer.step and change["new"] <= explorer.steps:
-            explorer.step = change["new"]
-
-    box.observe(typed, "value")
-    slider.observe(moved, "value")
-    w.jslink((play, "value"), (slider, "value"))
-    back.on_click(lambda _: setattr(slider, "value", max(0, slider.value - 1)))
-    on.on_click(lambda _: setattr(slider, "value", min(slider.max, slider.value + 1)))
-    explorer.listeners.append(show)
     show()
-    panel: _Panel = w.VBox([box, controls, view])
+    explorer.listeners.append(show)
+    box.observe(typed, "value")
+    panel: _Panel = w.VBox([box, _controls(w, explorer), view])
     return panel
 
 # %% ../../nbs/18_tokenization.explorer.ipynb #52a76096

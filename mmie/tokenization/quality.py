@@ -11,8 +11,8 @@ __all__ = ['SCRIPT_SAMPLES', 'token_counts', 'ratio_interval', 'premiums', 'prem
 # %% ../../nbs/16_tokenization.quality.ipynb #2312e461
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -78,12 +78,15 @@ SCRIPT_SAMPLES: dict[str, str] = { # the same content in many ways of writing, E
         "Если книга потеряна, пожалуйста, сообщите нам. Мы найдём другую.",
     "Greek": "Η βιβλιοθήκη ανοίγει στις εννέα το πρωί. Ο καθένας μπορεί να δανειστεί τρία βιβλία για δύο εβδομάδες. "
         "Αν χαθεί ένα βιβλίο, παρακαλούμε πείτε μας το. Θα βρούμε άλλο.",
-    "Arabic": "تفتح المكتبة في التاسعة صباحًا. يمكن لكل شخص أن يستعير ثلاثة كتب لمدة أسبوعين. إذا ضاع كتاب فأخبرونا من فضلكم. سنجد كتابًا آخر.",
+    "Arabic": "تفتح المكتبة في التاسعة صباحًا. يمكن لكل شخص أن يستعير ثلاثة كتب لمدة أسبوعين. "
+        "إذا ضاع كتاب فأخبرونا من فضلكم. سنجد كتابًا آخر.",
     "Hebrew": "הספרייה נפתחת בתשע בבוקר. כל אחד רשאי לשאול שלושה ספרים לשבועיים. אם ספר אבד, אנא ספרו לנו. נמצא ספר אחר.",
     "Hindi": "पुस्तकालय सुबह नौ बजे खुलता है। हर कोई दो सप्ताह के लिए तीन किताबें ले सकता है। अगर कोई किताब खो जाए, तो कृपया हमें बताएँ। हम दूसरी ढूँढ लेंगे।",
     "Chinese": "图书馆早上九点开门。每个人可以借三本书，为期两周。如果书丢了，请告诉我们。我们会再找一本。",
-    "Japanese": "図書館は朝九時に開きます。だれでも三冊の本を二週間借りることができます。本をなくしたら、知らせてください。別の本を探します。",
-    "Korean": "도서관은 아침 아홉 시에 문을 엽니다. 누구나 책 세 권을 두 주 동안 빌릴 수 있습니다. 책을 잃어버리면 알려 주세요. 다른 책을 찾아 드리겠습니다.",
+    "Japanese": "図書館は朝九時に開きます。だれでも三冊の本を二週間借りることができます。"
+        "本をなくしたら、知らせてください。別の本を探します。",
+    "Korean": "도서관은 아침 아홉 시에 문을 엽니다. 누구나 책 세 권을 두 주 동안 빌릴 수 있습니다. "
+        "책을 잃어버리면 알려 주세요. 다른 책을 찾아 드리겠습니다.",
     "Thai": "ห้องสมุดเปิดเวลาเก้าโมงเช้า ทุกคนยืมหนังสือได้สามเล่มเป็นเวลาสองสัปดาห์ หากหนังสือหาย โปรดแจ้งให้เราทราบ เราจะหาเล่มใหม่ให้",
     "emoji": "📚🏛️🌅🕘 👩🏽‍🎓👨‍🦱🧒➡️📕📗📘🗓️🗓️ ❓📖❌➡️📞🙏 🔍📙✅",
     "code": 'library = Library(opens="09:00")\nfor person in everyone:\n    person.borrow(books=3, weeks=2)\n'
@@ -93,9 +96,10 @@ SCRIPT_SAMPLES: dict[str, str] = { # the same content in many ways of writing, E
 # %% ../../nbs/16_tokenization.quality.ipynb #fd5045e2
 def premiums(
     tokenizer: TextTokenizer, # any
-    samples: Mapping[str, str] = SCRIPT_SAMPLES, # the same content in several languages; the first is the yardstick
+    samples: Mapping[str, str] | None = None, # the same content in several languages, the first is the yardstick; default: `SCRIPT_SAMPLES`
 ) -> dict[str, float]: # how many times the tokens of the first sample
     "What the same content costs in other writings (Petrov et al. 2023)."
+    samples = SCRIPT_SAMPLES if samples is None else samples
     lengths = dict(zip(samples, map(len, _encoded(tokenizer, samples.values())), strict=True))
     yardstick = next(iter(lengths.values()), 0)
     if not yardstick:
@@ -105,11 +109,12 @@ def premiums(
 # %% ../../nbs/16_tokenization.quality.ipynb #9b6b9a5d
 def premium_figure(
     tokenizers: Mapping[str, TextTokenizer], # by name; a few
-    samples: Mapping[str, str] = SCRIPT_SAMPLES, # the first is the yardstick
+    samples: Mapping[str, str] | None = None, # the first is the yardstick; default: `SCRIPT_SAMPLES`
 ) -> "Figure":
     "Bars by script: what the same content costs."
     from mmie.figures import INK, PALETTE, figure
-    fig, ax = figure(height=0.6 + 0.3 * len(samples))
+    samples = SCRIPT_SAMPLES if samples is None else samples
+    fig, ax = figure(width=5.6, height=0.6 + 0.11 * len(samples) * (1 + len(tokenizers)))
     thick = 0.8 / len(tokenizers)
     for turn, (name, tokenizer) in enumerate(tokenizers.items()):
         values = premiums(tokenizer, samples)
@@ -215,10 +220,10 @@ def merge_firings(
     "How often each token was made while encoding, also those that were merged further. For a byte: how often it is in the text."
     if len(counts) != tokenizer.vocab_size:
         raise InputError(f"{len(counts)} counts for {tokenizer.vocab_size} tokens", fix="count with the same tokenizer")
-    fires = np.asarray(counts).tolist()
-    for made, (first, second) in reversed(_merge_tree(tokenizer).items()):
-        fires[first] += fires[made]
-        fires[second] += fires[made]
+    fires, tree, table = np.asarray(counts).tolist(), _merge_tree(tokenizer), _token_bytes(tokenizer)
+    for made in sorted(tree, key=lambda i: -len(table[i])):
+        for part in tree[made]:
+            fires[part] += fires[made]
     return np.array(fires, dtype=np.int64)
 
 # %% ../../nbs/16_tokenization.quality.ipynb #863ae349
@@ -239,7 +244,7 @@ def zipf_figure(
 ) -> "Figure":
     "Frequency by rank on logarithmic axes."
     from mmie.figures import figure
-    fig, ax = figure()
+    fig, ax = figure(width=5, height=2.4)
     for name, values in counts.items():
         ranked = np.sort(values[values > 0])[::-1]
         ax.plot(np.arange(1, len(ranked) + 1), ranked / ranked.sum(), label=name)
@@ -268,9 +273,20 @@ def renyi_efficiency(
 
 # %% ../../nbs/16_tokenization.quality.ipynb #5c5b7c6b
 _FATES = {
-    "used": "occurs in the text", "rare": "occurs too seldom to be learned", "special": "never made from text", "fragment": "part of a character",
-    "unreachable": "its own text encodes to something else", "scaffold": "always merged on", "absent": "could be typed, never occurs",
+    "used": "occurs in the text", "rare": "occurs too seldom to be learned", "special": "never made from text",
+    "fragment": "part of a character", "unreachable": "its own text encodes to something else",
+    "scaffold": "always merged on", "absent": "could be typed, never occurs",
 }
+
+def _is_text(
+    data: bytes, # of a token
+) -> bool:
+    "Whether bytes are UTF-8 by themselves."
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return "\N{REPLACEMENT CHARACTER}".encode() not in data # what strangers show for half a character
 
 class _Shown:
     "Shows itself as tables."
@@ -293,7 +309,7 @@ class TokenCensus(_Shown):
     "Each token of a vocabulary, and whether a text uses it or why not."
     counts: np.ndarray # (vocab_size,) how often each id occurs
     fates: Mapping[int, str] # id → "used", "rare", "special", "fragment", "unreachable", "scaffold" or "absent"
-    tokens: Mapping[int, bytes] = field(default_factory=dict) # id → what it stands for
+    tokens: Mapping[int, bytes] # id → what it stands for
 
     def ids(
         self,
@@ -309,21 +325,11 @@ class TokenCensus(_Shown):
         for fate, meaning in _FATES.items():
             if found := self.ids(fate):
                 longest = sorted(found, key=lambda i: (-len(self.tokens[i]), i))[:3]
-                shown = ", ".join(repr(self.tokens[i])[1:] if fate == "fragment" else repr(self.tokens[i].decode("utf-8", "replace")) for i in longest)
-                rows.append([fate, f"{len(found):,}", f"{len(found) / len(self.fates):.1%}", meaning, shown])
+                spelled = [repr(data.decode("utf-8") if _is_text(data) else data) for data in map(self.tokens.__getitem__, longest)]
+                rows.append([fate, f"{len(found):,}", f"{len(found) / len(self.fates):.1%}", meaning, ", ".join(spelled)])
         return [(["", "tokens", "share", "meaning", "the longest"], rows)]
 
 # %% ../../nbs/16_tokenization.quality.ipynb #2e802d95
-def _is_text(
-    data: bytes, # of a token
-) -> bool:
-    "Whether bytes are UTF-8 by themselves."
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return "\N{REPLACEMENT CHARACTER}".encode() not in data # what strangers show for half a character
-
 def _why_not(
     tokenizer: TextTokenizer, # any
     i: int, # a token that doesn't occur
@@ -391,11 +397,12 @@ class TokenizerQuality(_Shown):
     def _tables(self) -> list[tuple[list[str], list[list[str]]]]:
         tables = [(_COLUMNS, [self._row()])]
         if self.scripts:
-            tables.append((["script", "words", "characters", "tokens", "tokens/word", "tokens/character"], [_script_row(one) for one in self.scripts]))
+            tables.append((_SCRIPT_COLUMNS, [_script_row(one) for one in self.scripts]))
         return tables
 
 # %% ../../nbs/16_tokenization.quality.ipynb #ec751fda
 _COLUMNS = ["", "vocabulary", "used", "tokens", "unknown", "bytes/token", "95 %", "characters/token", "Rényi"]
+_SCRIPT_COLUMNS = ["script", "words", "characters", "tokens", "tokens/word", "tokens/character"]
 
 def _script_row(
     one: ScriptQuality, # one script
@@ -419,10 +426,12 @@ def assess(
         raise InputError("there is no text to measure on", fix="give at least one text that isn't empty")
     counts = np.bincount(np.fromiter(itertools.chain.from_iterable(encoded), np.int64), minlength=tokenizer.vocab_size)
     ours = tokenizer if isinstance(tokenizer, BaseTokenizer) else None
+    lost = int(counts[ours.unknown_id]) if ours and ours.unknown_id is not None else 0
     return TokenizerQuality(
-        name or (ours.kind if ours else type(tokenizer).__name__), tokenizer.vocab_size, int((counts > 0).sum()), int((tokens > 0).sum()),
-        int(size.sum()), sum(map(len, rows)), int(tokens.sum()), int(counts[ours.unknown_id]) if ours and ours.unknown_id is not None else 0,
-        ratio_interval(size[tokens > 0], tokens[tokens > 0], seed=seed), renyi_efficiency(counts), script_quality(ours, rows) if ours else (),
+        name=name or (ours.kind if ours else type(tokenizer).__name__), vocab_size=tokenizer.vocab_size, used=int((counts > 0).sum()),
+        documents=int((tokens > 0).sum()), bytes=int(size.sum()), characters=sum(map(len, rows)), tokens=int(tokens.sum()), unknown=lost,
+        interval=ratio_interval(size[tokens > 0], tokens[tokens > 0], seed=seed), efficiency=renyi_efficiency(counts),
+        scripts=script_quality(ours, rows) if ours else (),
     )
 
 # %% ../../nbs/16_tokenization.quality.ipynb #66bf6c9c
@@ -471,14 +480,16 @@ def coverage_figure(
 ) -> "Figure":
     "Coverage by number of tokens, with the sizes that reach the marks."
     from mmie.figures import figure
-    fig, ax = figure()
-    for name, curve in curves.items():
+    fig, ax = figure(width=5, height=2.5)
+    for turn, (name, curve) in enumerate(curves.items()):
+        place, side = ((-5, 3), "right") if turn % 2 == 0 else ((6, -10), "left") # so that two curves' numbers don't meet
         line, = ax.plot(np.arange(1, len(curve) + 1), 100 * curve, label=name)
         for mark in marks:
             needed = int(np.argmax(curve >= mark)) + 1
             ax.plot(needed, 100 * mark, "o", color=line.get_color())
-            ax.annotate(f"{needed:,}", (needed, 100 * mark), textcoords="offset points", xytext=(6, -11), fontsize=8)
-    ax.set(xscale="log", xlabel="most used tokens kept", ylabel="% of the text's bytes", title="A few tokens are nearly all of the text", ylim=(0, 103))
+            ax.annotate(f"{needed:,}", (needed, 100 * mark), textcoords="offset points", xytext=place, ha=side, fontsize=8)
+    ax.set(xscale="log", xlabel="most used tokens kept", ylabel="% of the text's bytes", ylim=(0, 110))
+    ax.set_title("A few tokens are nearly all of the text")
     ax.legend(loc="lower right")
     return fig
 
@@ -488,8 +499,9 @@ def _by_firings(
     fires: np.ndarray, # (vocab_size,) from `merge_firings`
 ) -> list[int]: # tokens made by merges, the most needed first
     "An order in which parts always come before wholes."
-    tree = list(_merge_tree(tokenizer))
-    return [tree[k] for k in np.argsort(-fires[tree], kind="stable")] # stable: the older of equals first
+    tree, table = list(_merge_tree(tokenizer)), _token_bytes(tokenizer)
+    order = np.lexsort((np.array([len(table[i]) for i in tree]), -fires[tree])) # by firings; the shorter of equals, then the older
+    return [tree[k] for k in order]
 
 # %% ../../nbs/16_tokenization.quality.ipynb #002f3890
 @dataclass(frozen=True, slots=True)
@@ -585,6 +597,7 @@ def remap_embedding(
     if not kept or len(set(kept)) < len(kept) or min(kept) < 0:
         raise InputError("kept must be old ids, each once", fix="use PrunedTokenizer.kept")
     if max(kept) >= len(weight):
-        raise InputError(f"old id {max(kept)} in a table of {len(weight)} rows", fix="this isn't the embedding of the tokenizer that was pruned")
+        what = f"the table has {len(weight)} rows, too few for the old id {max(kept)}"
+        raise InputError(what, fix="give the embedding that belongs to the tokenizer before pruning")
     import torch
     return weight.detach()[torch.as_tensor(list(kept), device=weight.device)]
