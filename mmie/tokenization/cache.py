@@ -223,6 +223,18 @@ def _insert(
         with cache._lock:
             _shrink(cache._shelf, 0.5, "pressure")
 
+# %% ../../nbs/12_tokenization.cache.ipynb #ef679665
+_CACHES: weakref.WeakSet[_Guarded] = weakref.WeakSet()
+
+def _refresh_after_fork() -> None:
+    "In a new process: nobody is left to release a lock that was held, and what it guarded may be half-done."
+    for cache in list(_CACHES):
+        if cache._lock.locked():
+            cache._start_anew()
+
+if hasattr(os, "register_at_fork"): # Windows has no fork
+    os.register_at_fork(after_in_child=_refresh_after_fork)
+
 # %% ../../nbs/12_tokenization.cache.ipynb #54859755
 _OPTIONS = ("max_entries", "max_bytes", "ttl", "sizeof", "clock", "pressure", "ask_every")
 
@@ -343,15 +355,3 @@ class LRUCache(_Whole[K, V]):
         new = {key: compute(key) for key in missing}
         _insert(self, new)
         return [new[key] if entry is None else entry.value for key, entry in zip(keys, found, strict=True)]
-
-# %% ../../nbs/12_tokenization.cache.ipynb #dff93a5a
-_CACHES: weakref.WeakSet[_Guarded] = weakref.WeakSet()
-
-def _refresh_after_fork() -> None:
-    "In a new process: nobody is left to release a lock that was held, and what it guarded may be half-done."
-    for cache in list(_CACHES):
-        if cache._lock.locked():
-            cache._start_anew()
-
-if hasattr(os, "register_at_fork"): # Windows has no fork
-    os.register_at_fork(after_in_child=_refresh_after_fork)

@@ -214,7 +214,7 @@ class _TextAndStep:
             listener()
 
 # %% ../../nbs/18_tokenization.explorer.ipynb #d678ec99
-_MOST_COLUMNS = 1000
+_MOST_COLUMNS = 400
 
 def _chip(
     position: int, # among the tokens of its row; gives the color
@@ -227,6 +227,7 @@ def _chip(
 
 def _row(
     name: str, # of the tokenizer
+    joins: list[str], # what each step made
     walk: TokenWalk, # of the text
     other: TokenWalk, # by the other tokenizer, or the same walk again
     size: int, # bytes of the text
@@ -237,7 +238,7 @@ def _row(
     own = {piece.end for piece in pieces} - {piece.end for piece in other.at(step)}
     return {
         "name": name, "count": f"{len(pieces):,}", "each": f"{size / len(pieces):.2f}" if pieces else "", "own": len(own),
-        "tokens": [_chip(n, piece, step) for n, piece in enumerate(pieces[:_MOST_COLUMNS])], "joins": merges_made(walk),
+        "tokens": [_chip(n, piece, step) for n, piece in enumerate(pieces[:_MOST_COLUMNS])], "joins": joins,
     }
 
 def _columns(
@@ -288,12 +289,13 @@ def _scene(
 ) -> dict[str, object]: # what the template reads
     "Everything on the page, as plain values."
     walks, step, size = state.walks, state.step, len(state.text.encode("utf-8"))
-    joined = "; ".join(merges_made(walk)[step - 1] for walk in walks if 0 < step <= walk.steps)
+    made = [merges_made(walk) for walk in walks]
+    joined = "; ".join(lines[step - 1] for lines in made if 0 < step <= len(lines))
     return {
         "size": f"{len(state.text):,} characters, {size:,} bytes of UTF-8", "steps": state.steps, "step": step,
         "said": f"{step} of {state.steps} merges" + (f": {joined}" if joined else ""),
         "columns": _columns([walk.at(step) for walk in walks], step), "notes": _notes(names, state),
-        "rows": [_row(name, walk, other, size, step) for name, walk, other in zip(names, walks, walks[::-1], strict=True)],
+        "rows": [_row(*each, size, step) for each in zip(names, made, walks, walks[::-1], strict=True)],
         "walks": [_film(walk, size) for walk in walks],
     }
 
