@@ -11,6 +11,7 @@ __all__ = ['SCRIPT_SAMPLES', 'token_counts', 'ratio_interval', 'premiums', 'prem
 # %% ../../nbs/16_tokenization.quality.ipynb #2312e461
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -81,7 +82,8 @@ SCRIPT_SAMPLES: dict[str, str] = { # the same content in many ways of writing, E
     "Arabic": "تفتح المكتبة في التاسعة صباحًا. يمكن لكل شخص أن يستعير ثلاثة كتب لمدة أسبوعين. "
         "إذا ضاع كتاب فأخبرونا من فضلكم. سنجد كتابًا آخر.",
     "Hebrew": "הספרייה נפתחת בתשע בבוקר. כל אחד רשאי לשאול שלושה ספרים לשבועיים. אם ספר אבד, אנא ספרו לנו. נמצא ספר אחר.",
-    "Hindi": "पुस्तकालय सुबह नौ बजे खुलता है। हर कोई दो सप्ताह के लिए तीन किताबें ले सकता है। अगर कोई किताब खो जाए, तो कृपया हमें बताएँ। हम दूसरी ढूँढ लेंगे।",
+    "Hindi": "पुस्तकालय सुबह नौ बजे खुलता है। हर कोई दो सप्ताह के लिए तीन किताबें ले सकता है। "
+        "अगर कोई किताब खो जाए, तो कृपया हमें बताएँ। हम दूसरी ढूँढ लेंगे।",
     "Chinese": "图书馆早上九点开门。每个人可以借三本书，为期两周。如果书丢了，请告诉我们。我们会再找一本。",
     "Japanese": "図書館は朝九時に開きます。だれでも三冊の本を二週間借りることができます。"
         "本をなくしたら、知らせてください。別の本を探します。",
@@ -114,7 +116,7 @@ def premium_figure(
     "Bars by script: what the same content costs."
     from mmie.figures import INK, PALETTE, figure
     samples = SCRIPT_SAMPLES if samples is None else samples
-    fig, ax = figure(width=5.6, height=0.6 + 0.11 * len(samples) * (1 + len(tokenizers)))
+    fig, ax = figure(width=5.2, height=0.6 + 0.09 * len(samples) * (1 + len(tokenizers)))
     thick = 0.8 / len(tokenizers)
     for turn, (name, tokenizer) in enumerate(tokenizers.items()):
         values = premiums(tokenizer, samples)
@@ -185,7 +187,7 @@ def script_quality(
     found = [ScriptQuality(name, *row.tolist()) for name, row in totals.items()]
     return tuple(sorted(found, key=lambda one: (-one.characters, one.script)))
 
-# %% ../../nbs/16_tokenization.quality.ipynb #3f272d28
+# %% ../../nbs/16_tokenization.quality.ipynb #a8297d76
 def _token_bytes(
     tokenizer: TextTokenizer, # any
 ) -> dict[int, bytes]: # id → what it stands for; ids that don't exist are left out
@@ -200,17 +202,35 @@ def _token_bytes(
             continue
     return table
 
+def _last_pair(
+    parts: list[int], # a token's bytes, as ids; used up
+    rank: Mapping[tuple[int, int], int], # pair → its priority
+    made: Mapping[tuple[int, int], int], # pair → the id it becomes
+) -> tuple[int, ...]: # two ids, or more if the merges don't get that far
+    "The last two parts of a token when its own bytes are encoded."
+    while len(parts) > 2:
+        at = min(range(len(parts) - 1), key=lambda k: rank.get((parts[k], parts[k + 1]), len(rank)))
+        if (parts[at], parts[at + 1]) not in made:
+            break
+        parts[at:at + 2] = [made[parts[at], parts[at + 1]]]
+    return tuple(parts)
+
 def _merge_tree(
-    tokenizer: BPETokenizer, # ours
-) -> dict[int, tuple[int, int]]: # token → the two tokens it is made of, the earliest merge first
-    "The merges, by what they make."
+    tokenizer: BPETokenizer, # ours, or one read from elsewhere
+) -> dict[int, tuple[int, int]]: # token → the two tokens it is made of, in the order of the merges
+    "What each merge makes. Of several merges for one token, the one that fires."
     special = set(tokenizer.special_tokens.values())
     table = {i: data for i, data in _token_bytes(tokenizer).items() if i not in special}
     ids = {data: i for i, data in table.items()}
-    tree: dict[int, tuple[int, int]] = {}
-    for first, second in tokenizer.merges:
-        tree.setdefault(ids[table[first] + table[second]], (first, second))
-    return tree
+    made = {(first, second): ids[table[first] + table[second]] for first, second in tokenizer.merges}
+    tree = {i: pair for pair, i in made.items()}
+    if len(tree) == len(made):
+        return tree
+    rank, several = {pair: at for at, pair in enumerate(made)}, Counter(made.values())
+    fires = {i: _last_pair([ids[bytes([value])] for value in table[i]], rank, made) for i, n in several.items() if n > 1}
+    first_of = {i: pair for pair, i in reversed(made.items())}
+    chosen = {i: pair if (pair := fires.get(i, ())) in made else first_of[i] for i in tree}
+    return {i: pair for pair, i in made.items() if chosen[i] == pair}
 
 # %% ../../nbs/16_tokenization.quality.ipynb #028b53d8
 def merge_firings(
@@ -389,8 +409,7 @@ class TokenizerQuality(_Shown):
         return self.characters / self.tokens
 
     def _row(self) -> list[str]:
-        low, high = self.interval
-        interval = "–" if math.isnan(low) else f"{low:.2f} … {high:.2f}"
+        interval = "–" if math.isnan(self.interval[0]) else "{:.2f} … {:.2f}".format(*self.interval)
         sizes = [f"{self.vocab_size:,}", f"{self.used / self.vocab_size:.1%}", f"{self.tokens:,}", f"{self.unknown / self.tokens:.1%}"]
         return [self.name, *sizes, f"{self.bytes_per_token:.2f}", interval, f"{self.characters_per_token:.2f}", f"{self.efficiency:.3f}"]
 
