@@ -212,7 +212,6 @@ def _insert(
     entries = {key: _Entry(value, cache.sizeof(key, value)) for key, value in new.items()}
     with cache._lock:
         shelf, deadline = cache._fresh(), math.inf if cache.ttl is None else cache.clock() + cache.ttl
-        shelf.now += 1
         for key, entry in entries.items():
             entry.deadline = deadline
             shelf.store(key, entry)

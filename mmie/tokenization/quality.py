@@ -13,7 +13,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -403,15 +403,10 @@ class TokenizerQuality(_Shown):
         "How much text a token carries; comparable between tokenizers, not between scripts."
         return self.bytes / self.tokens
 
-    @property
-    def characters_per_token(self) -> float:
-        "The same in code points."
-        return self.characters / self.tokens
-
     def _row(self) -> list[str]:
         interval = "–" if math.isnan(self.interval[0]) else "{:.2f} … {:.2f}".format(*self.interval)
         sizes = [f"{self.vocab_size:,}", f"{self.used / self.vocab_size:.1%}", f"{self.tokens:,}", f"{self.unknown / self.tokens:.1%}"]
-        return [self.name, *sizes, f"{self.bytes_per_token:.2f}", interval, f"{self.characters_per_token:.2f}", f"{self.efficiency:.3f}"]
+        return [self.name, *sizes, f"{self.bytes_per_token:.2f}", interval, f"{self.characters / self.tokens:.2f}", f"{self.efficiency:.3f}"]
 
     def _tables(self) -> list[tuple[list[str], list[list[str]]]]:
         tables = [(_COLUMNS, [self._row()])]
@@ -541,7 +536,7 @@ class PrunedTokenizer:
     "A smaller tokenizer, and what became of the old ids."
     tokenizer: BPETokenizer # the new one
     original: BPETokenizer # the old one
-    kept: tuple[int, ...] # the old id of each new id
+    kept: tuple[int, ...] = field(repr=False) # the old id of each new id
 
     def check(
         self,
