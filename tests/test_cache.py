@@ -94,13 +94,14 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.put(key, value)
         self.insert({key: value})
 
-    @rule(keys=st.lists(KEYS, max_size=8))
-    def get_many(self, keys: list[int]) -> None:
+    @rule(keys=st.lists(KEYS, max_size=8), takes=st.integers(0, 2))
+    def get_many(self, keys: list[int], takes: int) -> None:
         self.expire()
         found = {key: self.model[key][0] for key in keys if key in self.model}
         asked: list[int] = []
         def ask(key: int) -> int:
             asked.append(key)
+            self.now += takes # meanwhile, something else may become too old
             return compute(key)
         assert self.cache.get_many(keys, ask) == [found.get(key, compute(key)) for key in keys]
         new = [key for key in dict.fromkeys(keys) if key not in found]
@@ -251,6 +252,19 @@ def test_a_fork_while_another_thread_holds_the_lock() -> None:
         done.set()
         other.join()
     assert cache.get("a") == 1 and cache.get("b") is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_child_forgets_what_was_being_changed() -> None:
+    cache: LRUCache[str, int] = LRUCache(max_entries=5)
+    cache.put("a", 1)
+    with cache._lock:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)
+            os._exit(0 if len(cache) == 0 else 1)
+    assert os.waitpid(child, 0)[1] == 0 and len(cache) == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
