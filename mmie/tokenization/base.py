@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AllowedSpecial', 'FILE_NAME', 'TextTokenizer', 'checked_text', 'Vocabulary', 'map_in_processes', 'BaseTokenizer',
            'ByteTokenizer', 'CharacterTokenizer', 'WordTokenizer', 'load_tokenizer', 'truncate', 'pad',
-           'check_tokenizer', 'token_html']
+           'budget_batches', 'pack', 'as_tensors', 'check_tokenizer', 'token_html']
 
 # %% ../../nbs/11_tokenization.base.ipynb #2a3f567a
 import array
@@ -13,6 +13,7 @@ import functools
 import hashlib
 import html
 import importlib
+import itertools
 import json
 import multiprocessing
 import operator
@@ -35,6 +36,7 @@ from ..core import InputError, atomic_write, did_you_mean
 
 # %% ../../nbs/11_tokenization.base.ipynb #8d31bf4b
 if TYPE_CHECKING:
+    import torch
     from typing_extensions import Self
 
 # %% ../../nbs/11_tokenization.base.ipynb #99c9958b
@@ -419,7 +421,7 @@ def _class_of(
     where: str, # for the error
 ) -> type[BaseTokenizer]:
     "The class for a kind. Raises `InputError` if there is none."
-    if isinstance(kind, str) and kind in _HOMES:
+    if isinstance(kind, str) and kind in _HOMES and kind not in _Stored.kinds:
         importlib.import_module(f"mmie.tokenization.{_HOMES[kind]}") # which adds its class
     if not isinstance(kind, str) or kind not in _Stored.kinds:
         raise InputError(f"unknown kind of tokenizer {kind!r}", where=where, fix=did_you_mean(str(kind), {*_Stored.kinds, *_HOMES}))
@@ -465,8 +467,56 @@ def pad(
     columns = np.arange(width)[None, :]
     mask = columns < sizes if side == "right" else columns >= width - sizes
     filled = np.full((len(rows), width), pad_id, dtype=np.int64)
-    filled[mask] = [i for row in rows for i in row]
+    filled[mask] = np.fromiter(itertools.chain.from_iterable(rows), np.int64, int(sizes.sum()))
     return filled, mask
+
+# %% ../../nbs/11_tokenization.base.ipynb #ba24a2a7
+def budget_batches(
+    lengths: Sequence[int], # tokens of each text
+    max_tokens: int, # the most that a batch may have, padding included
+) -> list[list[int]]: # positions in `lengths`, each exactly once; the longest first
+    "Divide texts into batches so that rows × longest row stays in the budget. Raises `InputError` for a text that is too long for it."
+    longest = max(lengths, default=0)
+    if longest > max_tokens:
+        raise InputError(f"a text has {longest} tokens, more than max_tokens={max_tokens}", fix="truncate it first, or allow more")
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches, at = [], 0
+    while at < len(order):
+        rows = max_tokens // max(1, lengths[order[at]])
+        batches.append(order[at : at + rows])
+        at += rows
+    return batches
+
+# %% ../../nbs/11_tokenization.base.ipynb #7bef6f47
+def pack(
+    rows: Iterable[Sequence[int]], # ids of several texts
+    length: int, # columns
+    *,
+    eos_id: int | None = None, # what to put behind each text; None: nothing
+    pad_id: int | None = None, # what to fill the last row with; None: leave out what doesn't fill a row
+) -> tuple[np.ndarray, np.ndarray]: # ids and numbers of the texts they are from (−1 for filling), both (n, length) int64
+    "Chain texts and cut the chain into rows. Raises `InputError` for rows without columns."
+    if length < 1:
+        raise InputError(f"cannot pack into rows of length {length}", fix="use 1 or more")
+    ended = [row if eos_id is None else [*row, eos_id] for row in rows]
+    sizes = [len(row) for row in ended]
+    ids = np.fromiter(itertools.chain.from_iterable(ended), np.int64, sum(sizes))
+    numbers = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)
+    if pad_id is None:
+        whole = len(ids) - len(ids) % length
+        ids, numbers = ids[:whole], numbers[:whole]
+    else:
+        ids, numbers = (np.append(a, np.full(-len(a) % length, fill)) for a, fill in ((ids, pad_id), (numbers, -1)))
+    return ids.reshape(-1, length), numbers.reshape(-1, length)
+
+# %% ../../nbs/11_tokenization.base.ipynb #6c3ca5a1
+def as_tensors(
+    *arrays: np.ndarray, # such as the two that `pad` and `pack` return
+    device: "str | torch.device" = "cpu", # where the tensors shall be
+) -> "tuple[torch.Tensor, ...]": # on the CPU they share the arrays' memory
+    "The same numbers for torch."
+    import torch
+    return tuple(torch.from_numpy(array).to(device) for array in arrays)
 
 # %% ../../nbs/11_tokenization.base.ipynb #065fdee1
 def _require(

@@ -52,6 +52,7 @@ class _Part:
     start: int # first byte
     end: int # one past the last byte
 
+# %% ../../nbs/17_tokenization.scale.ipynb #4354a68b
 def _line_start(
     path: Path, # any file
     at: int, # a byte
@@ -61,6 +62,7 @@ def _line_start(
         file.seek(at - 1)
         return at - 1 + len(file.readline())
 
+# %% ../../nbs/17_tokenization.scale.ipynb #6dc1bbe2
 def _parts(
     path: Path, # one file
     shard_bytes: int, # about how large a part should be
@@ -76,7 +78,7 @@ def _parts(
         yield _Part(str(path), size, start, end)
         start = end
 
-# %% ../../nbs/17_tokenization.scale.ipynb #45c25c85
+# %% ../../nbs/17_tokenization.scale.ipynb #cf855693
 @dataclass(frozen=True, slots=True)
 class _Shard:
     "A unit of work: all that a worker needs to be told."
@@ -88,18 +90,19 @@ class _Shard:
         "How much there is to read."
         return sum(part.end - part.start for part in self.parts)
 
+# %% ../../nbs/17_tokenization.scale.ipynb #3c829612
 def _shards(
     paths: Iterable[Path], # files in the order of the corpus
     shard_bytes: int, # about how large a shard should be
 ) -> Iterator[_Shard]:
     "Divide files into shards. The same files always give the same shards."
-    group: list[_Part] = []
-    number = itertools.count()
+    group, size, number = list[_Part](), 0, itertools.count()
     for part in itertools.chain.from_iterable(_parts(path, shard_bytes) for path in paths):
         group.append(part)
-        if sum(p.end - p.start for p in group) >= shard_bytes:
+        size += part.end - part.start
+        if size >= shard_bytes:
             yield _Shard(next(number), tuple(group))
-            group = []
+            group, size = [], 0
     if group:
         yield _Shard(next(number), tuple(group))
 
@@ -114,6 +117,7 @@ def _bad_row(
         lines = sum(file.read(min(1 << 20, at - begin)).count(b"\n") for begin in range(0, at, 1 << 20))
     return InputError(f"bad row: {error}", where=f"{part.path}, line {lines + 1}", fix='each line is {"text": "…"} in UTF-8')
 
+# %% ../../nbs/17_tokenization.scale.ipynb #e13a3b10
 def _rows(
     part: _Part, # of a .jsonl file
 ) -> Iterator[str]:
@@ -208,6 +212,7 @@ class _Done:
     start: float # seconds since 1970
     end: float # seconds since 1970
 
+# %% ../../nbs/17_tokenization.scale.ipynb #cbab22a8
 @contextlib.contextmanager
 def _writing(
     where: Path, # the folder
@@ -259,6 +264,7 @@ def _plan(
     cuts = [[[at[part.path], part.start, part.end] for part in shard.parts] for shard in shards]
     return {"format": _FORMAT, "version": _VERSION, "job": dict(job), "sources": sources, "shards": cuts}
 
+# %% ../../nbs/17_tokenization.scale.ipynb #b5d4502e
 def _read_plan(
     folder: Path, # of the shards
 ) -> dict[str, Any]: # as `_plan` makes it
@@ -309,6 +315,7 @@ def _must_agree(
         raise InputError(f"these shards were made from something else: {'; '.join(found[:5])}", where=str(folder), fix=fix)
     return old != plan
 
+# %% ../../nbs/17_tokenization.scale.ipynb #a05d55d3
 def _check_text(
     folder: Path, # of the shards
     job: str, # checksum of what the shards are made by
@@ -349,7 +356,7 @@ def _call_task(
     "Do a shard in a worker."
     return _task[0](shard)
 
-# %% ../../nbs/17_tokenization.scale.ipynb #108344fb
+# %% ../../nbs/17_tokenization.scale.ipynb #f70578da
 def _new_pool(
     task: _Task, # for every worker
     workers: int, # processes
@@ -359,6 +366,7 @@ def _new_pool(
     context = multiprocessing.get_context(method)
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(task,))
 
+# %% ../../nbs/17_tokenization.scale.ipynb #f6839771
 def _one_round(
     pool: ProcessPoolExecutor, # new
     waiting: deque[_Shard], # to do; shrinks
@@ -377,7 +385,7 @@ def _one_round(
             del running[future]
             yield done
 
-# %% ../../nbs/17_tokenization.scale.ipynb #f70578da
+# %% ../../nbs/17_tokenization.scale.ipynb #9bbf8405
 def _alone(
     task: _Task, # idempotent
     shard: _Shard, # under suspicion
@@ -396,6 +404,7 @@ def _alone(
     what = f"shard {shard.number} has killed its worker {patience} times"
     raise InputError(what, where=files, fix="it may need more memory than there is, try a smaller shard_bytes or shorter documents")
 
+# %% ../../nbs/17_tokenization.scale.ipynb #277a46d5
 def _in_processes(
     task: _Task, # idempotent
     shards: Iterable[_Shard], # in any order
@@ -429,6 +438,7 @@ def _spooled(
     unfinished.replace(path)
     return path
 
+# %% ../../nbs/17_tokenization.scale.ipynb #47dd0d2e
 def _sources(
     sources: str | Path | Iterable[str | Path | Document], # what the user gave
     folder: Path, # of the shards
@@ -449,7 +459,7 @@ def _sources(
             files.setdefault(path.resolve(), (name, path))
     return {path: name for name, path in files.values()}
 
-# %% ../../nbs/17_tokenization.scale.ipynb #47dd0d2e
+# %% ../../nbs/17_tokenization.scale.ipynb #1f673b94
 def _executor(
     workers: int | Literal["ray"], # what the user gave
 ) -> Callable[[_Task, Iterable[_Shard]], Iterator[_Done]]:
@@ -460,6 +470,7 @@ def _executor(
         raise InputError(f"workers={workers!r} is not possible", fix="use 1, 2, 3 … or 'ray'")
     return functools.partial(_in_processes, workers=workers)
 
+# %% ../../nbs/17_tokenization.scale.ipynb #ff330d9a
 def _finish(
     task: _Task, # idempotent
     shards: Sequence[_Shard], # all of them
@@ -554,6 +565,21 @@ class ShardSet:
         return np.concatenate(ids), sizes.cumsum(axis=1)
 
 # %% ../../nbs/17_tokenization.scale.ipynb #13e611bf
+def _totals(
+    folder: Path, # of the shards
+    number: int, # of a shard
+    width: int, # bytes of an id
+) -> tuple[int, int, int] | None: # documents, ids, bytes of text; None if the files don't fit together
+    "What there is in a shard, from the sizes of its files and the ends of its last document."
+    try:
+        ends = np.fromfile(_file(folder, number, "ends"), "<i8").reshape(2, -1)
+        n_tokens, n_bytes = map(int, ends[:, -1]) if ends.size else (0, 0)
+        fits = _file(folder, number, "ids").stat().st_size == width * n_tokens
+    except (OSError, ValueError):
+        return None
+    return (ends.shape[1], n_tokens, n_bytes) if fits else None
+
+# %% ../../nbs/17_tokenization.scale.ipynb #3fbff775
 def _opened(
     folder: Path, # written by `encode_shards`
     tokenizer: BaseTokenizer | None, # to compare
@@ -566,22 +592,16 @@ def _opened(
         raise InputError("these are counts, not ids", where=str(folder), fix="give a folder that encode_shards wrote")
     if tokenizer is not None and job["tokenizer"] != tokenizer.fingerprint:
         raise InputError("these ids were made by another tokenizer", where=str(folder), fix="encode again with this one")
-    digest, totals = _sha256(json.dumps(job, sort_keys=True).encode()), np.zeros(2, np.int64)
-    n_documents, width = 0, np.dtype(job["dtype"]).itemsize
-    for number in range(len(plan["shards"])):
-        state = _state(folder, number, digest) if check else "kept"
-        try:
-            ends = np.fromfile(_file(folder, number, "ends"), "<i8").reshape(2, -1)
-            whole = state == "kept" and _file(folder, number, "ids").stat().st_size == width * (ends[0, -1] if ends.size else 0)
-        except (OSError, ValueError):
-            whole = False
-        if not whole:
+    digest = _sha256(json.dumps(job, sort_keys=True).encode())
+    totals, n_shards = np.zeros(3, np.int64), len(plan["shards"])
+    for number in range(n_shards):
+        found = _totals(folder, number, np.dtype(job["dtype"]).itemsize)
+        if found is None or (check and _state(folder, number, digest) != "kept"):
             fix = "run encode_shards again, it makes what is missing"
-            raise InputError(f"shard {number} of {len(plan['shards'])} is missing or damaged", where=str(folder), fix=fix)
-        n_documents += ends.shape[1]
-        totals += ends[:, -1] if ends.size else 0
-    return {"n_shards": len(plan["shards"]), "n_documents": n_documents, "n_tokens": int(totals[0]), "n_bytes": int(totals[1]),
-            "dtype": job["dtype"], "eos_id": job["eos_id"], "tokenizer": job["tokenizer"]}
+            raise InputError(f"shard {number} of {n_shards} is missing or damaged", where=str(folder), fix=fix)
+        totals += found
+    sums = dict(zip(("n_documents", "n_tokens", "n_bytes"), totals.tolist(), strict=True))
+    return sums | {"n_shards": n_shards, "dtype": job["dtype"], "eos_id": job["eos_id"], "tokenizer": job["tokenizer"]}
 
 # %% ../../nbs/17_tokenization.scale.ipynb #fb1aa409
 def encode_shards(
@@ -638,6 +658,7 @@ def _counted(
     "Count the chunks of a shard."
     return {"counts": json.dumps(dict(sorted(count_chunks(texts, pattern).items())), ensure_ascii=False).encode()}
 
+# %% ../../nbs/17_tokenization.scale.ipynb #de11931b
 def count_shards(
     sources: str | Path | Iterable[str | Path | Document], # files and folders, or documents
     pattern: str = GPT4_PATTERN, # how to cut text into chunks
@@ -664,6 +685,7 @@ def _unpacked(
     "Unpickle something large. A process that is used again has it already."
     return pickle.loads(packed)
 
+# %% ../../nbs/17_tokenization.scale.ipynb #29a18961
 def _cluster_batch(
     batch: dict[str, NDArray[np.object_]], # "shard": pickled shards
     task: bytes, # pickled
@@ -677,7 +699,7 @@ def _cluster_batch(
             results.append(error)
     return {"done": [pickle.dumps(result) for result in results]}
 
-# %% ../../nbs/17_tokenization.scale.ipynb #4b7de481
+# %% ../../nbs/17_tokenization.scale.ipynb #5274955c
 def _ray_data() -> Any: # the module ray.data
     "Ray, if it is there. Raises `InputError` if not."
     try:
@@ -686,6 +708,7 @@ def _ray_data() -> Any: # the module ray.data
         raise InputError("Ray is not installed", fix='pip install "mmie[scale]"') from error
     return ray.data
 
+# %% ../../nbs/17_tokenization.scale.ipynb #02d48d96
 def _on_cluster(
     task: _Task, # idempotent
     shards: Iterable[_Shard], # in any order
