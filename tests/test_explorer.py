@@ -8,9 +8,9 @@ from typing import Any
 import nbformat
 import pytest
 
-from mmie.tokenization.base import WordTokenizer
-from mmie.tokenization.bpe import GPT2_PATTERN, BPETokenizer
-from mmie.tokenization.explorer import TokenExplorer, align_tokens, cuts, legible, merges_made, token_pieces, token_walk
+from mmie.tokenization.base import BaseTokenizer, WordTokenizer
+from mmie.tokenization.bpe import GPT2_PATTERN, BPETokenizer, merge_steps
+from mmie.tokenization.explorer import TokenExplorer, align_tokens, cuts, legible, merges_made, token_ids, token_pieces, token_walk
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -185,6 +185,37 @@ def test_walks_end_where_encode_does(bpe: BPETokenizer, text: str) -> None:
     for step in range(walk.steps + 1):
         assert b"".join(piece.data for piece in walk.at(step)) == text.encode()
     assert cuts(bpe, text) == {piece.start for piece in token_pieces(bpe, text)} - {0}
+
+
+def test_a_word_that_is_looked_up_whole_is_one_more_step(bpe: BPETokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Imported tokenizers may end elsewhere than their merges do: the last frame is still what `encode` says."
+    states = merge_steps(bpe, "the cat")[:-2]
+    monkeypatch.setattr("mmie.tokenization.explorer.merge_steps", lambda tokenizer, text: states)
+    walk = token_walk(bpe, "the cat")
+    assert walk.steps == len(states) and [piece.id for piece in walk.at(walk.steps)] == bpe.encode("the cat")
+    assert merges_made(walk)[-1]
+
+
+def test_a_vocabulary_with_gaps(bpe: BPETokenizer) -> None:
+    class Sparse(BaseTokenizer):
+        kind = "sparse"
+
+        def __init__(self) -> None:
+            super().__init__({3: b"a", 900: b"b"}, {"<end>": 50})
+
+        def _encode_plain(self, text: str) -> list[int]:
+            return [{"a": 3, "b": 900}[character] for character in text]
+
+        def _settings(self) -> dict[str, object]:
+            return {}
+
+    try:
+        sparse = Sparse()
+        assert token_ids(sparse) == {b"a": 3, b"b": 900}
+        explorer = TokenExplorer([sparse, bpe], "abba")
+        assert [token.id for token in explorer.tokens] == [3, 900, 900, 3] and explorer.steps == token_walk(bpe, "abba").steps
+    finally:
+        del BaseTokenizer.kinds["sparse"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
