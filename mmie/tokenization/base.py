@@ -107,7 +107,7 @@ class Vocabulary:
         ids = special_tokens.values() if isinstance(special_tokens, Mapping) else range(max(table, default=-1) + 1, 1 << 62)
         self.special_tokens: dict[str, int] = dict(zip(names, ids, strict=False))
         if taken := [name for name, i in self.special_tokens.items() if i in table]:
-            raise InputError(f"special token {taken[0]!r} has the id {self.special_tokens[taken[0]]}, which is taken", fix="give it another")
+            raise InputError(f"special token {taken[0]!r} has the id {self.special_tokens[taken[0]]}, which is taken", fix="use another")
         self._table: dict[int, bytes] = table | {i: name.encode("utf-8") for name, i in self.special_tokens.items()}
         self._size = max(self._table, default=-1) + 1
         self._rows = [self._table.get(i) for i in range(self._size)] if self._size <= 2 * len(self._table) + 1000 else None
@@ -126,7 +126,7 @@ class Vocabulary:
         try:
             if self._rows is not None and len(plain) > 1:
                 array.array("I", plain) # refuses what is negative or no whole number
-                return b"".join(operator.itemgetter(*plain)(self._rows)) # type: ignore[arg-type]
+                return b"".join(operator.itemgetter(*plain)(self._rows))
             return b"".join(map(self._table.__getitem__, plain))
         except (KeyError, IndexError, TypeError, OverflowError) as error:
             wrong = next(i for i in plain if not isinstance(i, (int, np.integer)) or i not in self._table)
