@@ -196,6 +196,16 @@ def test_a_word_that_is_looked_up_whole_is_one_more_step(bpe: BPETokenizer, monk
     assert merges_made(walk)[-1]
 
 
+def test_a_vocabulary_of_somebody_elses_order(bpe: BPETokenizer) -> None:
+    "Ids as tiktoken has them, in any order and without a list of merges: the frames are the same, with those ids."
+    theirs = {token: 7 + 3 * (300 - i) for token, i in token_ids(bpe).items()}
+    imported = BPETokenizer(None, bpe.pattern, vocabulary=theirs)
+    text = "the cat returned 1234 times"
+    walk = token_walk(imported, text)
+    assert [piece.id for piece in walk.at(walk.steps)] == imported.encode(text)
+    assert all(piece.id == theirs[piece.data] for piece in walk.pieces) and walk.at(0)[0].id == theirs[b"t"]
+
+
 def test_a_vocabulary_with_gaps(bpe: BPETokenizer) -> None:
     class Sparse(BaseTokenizer):
         kind = "sparse"

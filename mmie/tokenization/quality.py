@@ -9,7 +9,6 @@ __all__ = ['SCRIPT_SAMPLES', 'token_counts', 'ratio_interval', 'premiums', 'prem
            'Reencoding', 'PrunedTokenizer', 'prune', 'remap_embedding']
 
 # %% ../../nbs/16_tokenization.quality.ipynb #2312e461
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,19 +31,27 @@ if TYPE_CHECKING:
 def _encoded(
     tokenizer: TextTokenizer, # any
     texts: Iterable[str], # any
-) -> list[list[int]]: # ids of each text
+) -> list[np.ndarray]: # ids of each text
     "Encode several texts. Raises `InputError` for a single string."
     if isinstance(texts, str):
         raise InputError("expected several texts, got one", fix="pass [text]")
-    return tokenizer.encode_batch(texts) if isinstance(tokenizer, BaseTokenizer) else [list(tokenizer.encode(text)) for text in texts]
+    if isinstance(tokenizer, BPETokenizer):
+        return tokenizer.encode_arrays(texts)
+    return [np.array(tokenizer.encode(text), dtype=np.int64) for text in texts]
+
+def _tally(
+    rows: Sequence[np.ndarray], # ids of each text
+    vocab_size: int, # of the tokenizer
+) -> np.ndarray: # (vocab_size,) int64
+    "How often each id occurs."
+    return np.bincount(np.concatenate([np.empty(0, np.int64), *rows]), minlength=vocab_size)
 
 def token_counts(
     tokenizer: TextTokenizer, # any
     texts: Iterable[str], # any
 ) -> np.ndarray: # (vocab_size,) int64: how often each id occurs
     "Count the tokens of some texts."
-    ids = np.fromiter(itertools.chain.from_iterable(_encoded(tokenizer, texts)), np.int64)
-    return np.bincount(ids, minlength=tokenizer.vocab_size)
+    return _tally(_encoded(tokenizer, texts), tokenizer.vocab_size)
 
 # %% ../../nbs/16_tokenization.quality.ipynb #cb61b47c
 def ratio_interval(
@@ -202,6 +209,7 @@ def _token_bytes(
             continue
     return table
 
+# %% ../../nbs/16_tokenization.quality.ipynb #6201c941
 def _last_pair(
     parts: list[int], # a token's bytes, as ids; used up
     rank: Mapping[tuple[int, int], int], # pair → its priority
@@ -215,6 +223,7 @@ def _last_pair(
         parts[at:at + 2] = [made[parts[at], parts[at + 1]]]
     return tuple(parts)
 
+# %% ../../nbs/16_tokenization.quality.ipynb #d215ca26
 def _merge_tree(
     tokenizer: BPETokenizer, # ours, or one read from elsewhere
 ) -> dict[int, tuple[int, int]]: # token → the two tokens it is made of, in the order of the merges
@@ -405,8 +414,9 @@ class TokenizerQuality(_Shown):
 
     def _row(self) -> list[str]:
         interval = "–" if math.isnan(self.interval[0]) else "{:.2f} … {:.2f}".format(*self.interval)
-        sizes = [f"{self.vocab_size:,}", f"{self.used / self.vocab_size:.1%}", f"{self.tokens:,}", f"{self.unknown / self.tokens:.1%}"]
-        return [self.name, *sizes, f"{self.bytes_per_token:.2f}", interval, f"{self.characters / self.tokens:.2f}", f"{self.efficiency:.3f}"]
+        counted = [f"{self.vocab_size:,}", f"{self.used / self.vocab_size:.1%}", f"{self.tokens:,}", f"{self.unknown / self.tokens:.1%}"]
+        characters = f"{self.characters / self.tokens:.2f}"
+        return [self.name, *counted, f"{self.bytes_per_token:.2f}", interval, characters, f"{self.efficiency:.3f}"]
 
     def _tables(self) -> list[tuple[list[str], list[list[str]]]]:
         tables = [(_COLUMNS, [self._row()])]
@@ -438,7 +448,7 @@ def assess(
     size, tokens = np.array([len(text.encode("utf-8")) for text in rows]), np.array([len(ids) for ids in encoded])
     if not tokens.sum():
         raise InputError("there is no text to measure on", fix="give at least one text that isn't empty")
-    counts = np.bincount(np.fromiter(itertools.chain.from_iterable(encoded), np.int64), minlength=tokenizer.vocab_size)
+    counts = _tally(encoded, tokenizer.vocab_size)
     ours = tokenizer if isinstance(tokenizer, BaseTokenizer) else None
     lost = int(counts[ours.unknown_id]) if ours and ours.unknown_id is not None else 0
     return TokenizerQuality(
@@ -544,11 +554,11 @@ class PrunedTokenizer:
     ) -> Reencoding:
         "Encode texts with both. Raises `AssertionError` if a text doesn't come back."
         rows = list(texts)
-        old, new = self.original.encode_batch(rows), self.tokenizer.encode_batch(rows)
+        old, new = _encoded(self.original, rows), _encoded(self.tokenizer, rows)
         for text, ids in zip(rows, new, strict=True):
             if self.tokenizer.decode_bytes(ids) != text.encode("utf-8"):
                 raise AssertionError(f"the pruned tokenizer changed {text!r:.100}")
-        counts = np.bincount(np.fromiter(itertools.chain.from_iterable(old), np.int64), minlength=self.original.vocab_size)
+        counts = _tally(old, self.original.vocab_size)
         share = float(counts[list(self.kept)].sum() / counts.sum()) if counts.sum() else 1.0
         return Reencoding(len(rows), int(counts.sum()), sum(map(len, new)), share)
 

@@ -289,6 +289,9 @@ def _differences(
 ) -> Iterator[str]: # in words
     "What is not as it was. Times of change don't count."
     before, now = old["job"], new["job"]
+    if before["kind"] != now["kind"]:
+        yield f"they are {before['kind']}, not {now['kind']}"
+        return
     for key in dict.fromkeys([*before, *now]):
         if before.get(key) != now.get(key):
             yield f"{key} is {str(now.get(key))[:16]!r}, was {str(before.get(key))[:16]!r}"
