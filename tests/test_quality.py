@@ -105,6 +105,19 @@ def test_a_pruned_tokenizer_keeps_every_promise_and_the_others_agree(tokenizer: 
         assert ids == small.to_hf()(fuzz, split_special_tokens=True, add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.parametrize("with_merges", [True, False])
+def test_foreign_ids_are_pruned_to_the_same_tokenizer(tokenizer: BPETokenizer, texts: list[str], with_merges: bool) -> None:
+    shuffled = random.Random(0).sample(range(256), 256)
+    new = {i: shuffled[i] if i < 256 else i + 10 for i in range(1498)} # permuted bytes, a gap
+    merges = [(new[first], new[second]) for first, second in tokenizer.merges] if with_merges else None # None: tiktoken's rule
+    vocabulary = {tokenizer.decode_bytes([i]): new[i] for i in range(1498)}
+    foreign = BPETokenizer(merges, special_tokens={"<|user|>": 5000, "<|endoftext|>": 4000}, vocabulary=vocabulary)
+    assert (size_curve(foreign, texts[:5]) == size_curve(tokenizer, texts[:5])).all()
+    theirs, ours = prune(foreign, texts[:25], vocab_size=700), prune(tokenizer, texts[:25], vocab_size=700)
+    assert theirs.tokenizer == ours.tokenizer and theirs.kept == (*(new[i] for i in ours.kept[:-2]), 4000, 5000)
+    assert theirs.check(texts[25:]) == ours.check(texts[25:])
+
+
 @settings(max_examples=150, deadline=None)
 @given(rows=st.lists(TEXT, min_size=1, max_size=4))
 def test_firings_of_bytes_are_the_bytes(tokenizer: BPETokenizer, rows: list[str]) -> None:

@@ -199,15 +199,9 @@ def _token_bytes(
     tokenizer: TextTokenizer, # any
 ) -> dict[int, bytes]: # id → what it stands for; ids that don't exist are left out
     "The vocabulary, special tokens included. For strangers, the text of each id by itself."
-    if not isinstance(tokenizer, BaseTokenizer):
-        return {i: tokenizer.decode([i]).encode("utf-8", "replace") for i in range(tokenizer.vocab_size)}
-    table = {}
-    for i in range(tokenizer.vocab_size):
-        try:
-            table[i] = tokenizer.decode_bytes([i])
-        except InputError: # a gap
-            continue
-    return table
+    if isinstance(tokenizer, BaseTokenizer):
+        return dict(sorted(tokenizer._table.items()))
+    return {i: tokenizer.decode([i]).encode("utf-8", "replace") for i in range(tokenizer.vocab_size)}
 
 # %% ../../nbs/16_tokenization.quality.ipynb #6201c941
 def _last_pair(
