@@ -477,6 +477,8 @@ def budget_batches(
 ) -> list[list[int]]: # positions in `lengths`, each exactly once; the longest first
     "Divide texts into batches so that rows × longest row stays in the budget. Raises `InputError` for a text that is too long for it."
     longest = max(lengths, default=0)
+    if max_tokens < 1:
+        raise InputError(f"max_tokens is {max_tokens}", fix="use 1 or more")
     if longest > max_tokens:
         raise InputError(f"a text has {longest} tokens, more than max_tokens={max_tokens}", fix="truncate it first, or allow more")
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))

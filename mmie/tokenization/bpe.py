@@ -645,7 +645,7 @@ class BPETokenizer(BaseTokenizer):
 
     def __init__(
         self,
-        merges: Sequence[tuple[int, int]] | None, # pairs of ids, the earliest first, which makes id 256; None (with a vocabulary): tiktoken's rule
+        merges: Sequence[tuple[int, int]] | None, # pairs of ids, the earliest (id 256) first; None, with a vocabulary: tiktoken's rule
         pattern: str = GPT4_PATTERN, # how text is cut before
         special_tokens: Sequence[str] | Mapping[str, int] = (), # names, whose ids come last, or name → id
         *,
@@ -710,9 +710,10 @@ class BPETokenizer(BaseTokenizer):
         return [ids.tolist() for ids in self.encode_arrays(texts, workers)]
 
     def _settings(self) -> dict[str, object]:
-        own = list(self.special_tokens.values()) == list(range(self.vocab_size - len(self.special_tokens), self.vocab_size))
-        special = list(self.special_tokens) if own and self._vocabulary is None else self.special_tokens
-        settings = {"merges": self._pairs and [list(pair) for pair in self._pairs], "pattern": self.pattern, "special_tokens": special}
+        following = range(self.vocab_size - len(self.special_tokens), self.vocab_size)
+        own = self._vocabulary is None and list(self.special_tokens.values()) == list(following)
+        settings: dict[str, object] = {"merges": self._pairs and [list(pair) for pair in self._pairs], "pattern": self.pattern}
+        settings["special_tokens"] = list(self.special_tokens) if own else self.special_tokens
         return settings if self._vocabulary is None else {**settings, "vocabulary": _as_text(self._vocabulary)}
 
     @classmethod
@@ -726,7 +727,7 @@ class BPETokenizer(BaseTokenizer):
         encoding: "Encoding", # of tiktoken
     ) -> "Self":
         "The same tokenizer, id for id."
-        return importlib.import_module(_INTERCHANGE).from_tiktoken(encoding) # type: ignore[no-any-return]
+        return importlib.import_module(_INTERCHANGE).from_tiktoken(encoding)
 
     @classmethod
     def from_hf(
@@ -741,11 +742,11 @@ class BPETokenizer(BaseTokenizer):
 
     def to_tiktoken(self) -> "Encoding":
         "The same tokenizer for tiktoken. Raises `InputError` if that isn't installed, or can't hold it."
-        return importlib.import_module(_INTERCHANGE).to_tiktoken(self) # type: ignore[no-any-return]
+        return importlib.import_module(_INTERCHANGE).to_tiktoken(self)
 
     def to_hf(self) -> "PreTrainedTokenizerFast":
         "The same tokenizer for transformers. Raises `InputError` if that isn't installed, or can't hold it."
-        return importlib.import_module(_INTERCHANGE).to_hf(self) # type: ignore[no-any-return]
+        return importlib.import_module(_INTERCHANGE).to_hf(self)
 
 # %% ../../nbs/14_tokenization.bpe.ipynb #148e80f8
 def _join(

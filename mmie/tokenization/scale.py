@@ -36,8 +36,9 @@ from tqdm import tqdm
 
 from ..core import InputError, atomic_write
 from .base import BaseTokenizer
-from .bpe import GPT4_PATTERN, count_chunks, covering
+from .bpe import BPETokenizer
 from .corpora import Document, _row_text, _text_files, read_corpus
+from .splitting import GPT4_PATTERN, count_chunks, covering
 
 # %% ../../nbs/17_tokenization.scale.ipynb #954ab762
 if TYPE_CHECKING:
@@ -160,10 +161,11 @@ def _encoded(
     texts: Sequence[str], # a shard's documents
 ) -> dict[str, bytes]: # "ids", and "ends": after each document, how many ids and bytes of text so far
     "Encode a shard."
-    tail = [] if eos_id is None else [eos_id]
-    rows = [[*row, *tail] for row in tokenizer.encode_batch(texts)]
-    ids = np.fromiter(itertools.chain.from_iterable(rows), dtype)
-    sizes = np.array([[len(row) for row in rows], [len(text.encode()) for text in texts]], dtype="<i8")
+    as_arrays = tokenizer.encode_arrays if isinstance(tokenizer, BPETokenizer) else tokenizer.encode_batch
+    tail = np.array([] if eos_id is None else [eos_id], dtype)
+    rows = [np.asarray(row, dtype) for row in as_arrays(texts)]
+    ids = np.concatenate([tail[:0], *(piece for row in rows for piece in (row, tail))])
+    sizes = np.array([[len(row) + len(tail) for row in rows], [len(text.encode()) for text in texts]], dtype="<i8")
     return {"ids": ids.tobytes(), "ends": sizes.cumsum(axis=1, dtype="<i8").tobytes()}
 
 # %% ../../nbs/17_tokenization.scale.ipynb #64b13c79
