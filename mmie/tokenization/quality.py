@@ -311,6 +311,14 @@ def _is_text(
         return False
     return "\N{REPLACEMENT CHARACTER}".encode() not in data # what strangers show for half a character
 
+def _spelled(
+    data: bytes, # of a token
+    most: int = 24, # characters
+) -> str:
+    "A token for a table."
+    text: str | bytes = data.decode("utf-8") if _is_text(data) else data
+    return repr(text) if len(text) <= most else f"{text[:most]!r}…"
+
 class _Shown:
     "Shows itself as tables."
     __slots__ = ()
@@ -348,8 +356,8 @@ class TokenCensus(_Shown):
         for fate, meaning in _FATES.items():
             if found := self.ids(fate):
                 longest = sorted(found, key=lambda i: (-len(self.tokens[i]), i))[:3]
-                spelled = [repr(data.decode("utf-8") if _is_text(data) else data) for data in map(self.tokens.__getitem__, longest)]
-                rows.append([fate, f"{len(found):,}", f"{len(found) / len(self.fates):.1%}", meaning, ", ".join(spelled)])
+                shown = [_spelled(self.tokens[i]) for i in longest]
+                rows.append([fate, f"{len(found):,}", f"{len(found) / len(self.fates):.1%}", meaning, ", ".join(shown)])
         return [(["", "tokens", "share", "meaning", "the longest"], rows)]
 
 # %% ../../nbs/16_tokenization.quality.ipynb #2e802d95
