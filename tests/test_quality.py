@@ -64,6 +64,7 @@ def test_pruning_gives_a_tokenizer_of_the_size_asked_for(tokenizer: BPETokenizer
 def test_any_counts_give_a_closed_list_of_merges(tokenizer: BPETokenizer, counts: list[int], size: int) -> None:
     counts[65] += 1
     pruned = prune(tokenizer, np.array(counts), vocab_size=size)
+    assert pruned == prune(tokenizer, np.array(counts) / 4, vocab_size=size), "only the ratios of counts matter"
     assert pruned.tokenizer.vocab_size == size
     old = {pruned.kept[i]: tuple(pruned.kept[part] for part in pair) for i, pair in enumerate(pruned.tokenizer.merges, 256)}
     assert all(tokenizer.merges[i - 256] == pair for i, pair in old.items()), "kept merges are the old ones"
@@ -208,7 +209,7 @@ def test_rows_follow_their_tokens(tokenizer: BPETokenizer, texts: list[str]) -> 
 
 
 @pytest.mark.parametrize("how", [
-    {}, {"vocab_size": 300, "coverage": 0.5}, {"vocab_size": 257}, {"vocab_size": 1501}, {"coverage": 1.1}, {"coverage": math.nan},
+    {}, {"vocab_size": 300, "coverage": 0.5}, {"coverage": -1.0}, {"vocab_size": 257}, {"vocab_size": 1501}, {"coverage": 1.1}, {"coverage": math.nan},
 ])
 def test_impossible_wishes_are_refused(tokenizer: BPETokenizer, how: dict[str, float]) -> None:
     with pytest.raises(InputError):

@@ -238,8 +238,8 @@ def _merge_tree(
 # %% ../../nbs/16_tokenization.quality.ipynb #028b53d8
 def merge_firings(
     tokenizer: BPETokenizer, # ours
-    counts: np.ndarray, # (vocab_size,) of the finished tokens, as `token_counts` gives them
-) -> np.ndarray: # (vocab_size,) int64
+    counts: np.ndarray, # (vocab_size,) of the finished tokens, as `token_counts` gives them, or weighted
+) -> np.ndarray: # (vocab_size,) int64, or float64 for weights that aren't whole
     "How often each token was made while encoding, also those that were merged further. For a byte: how often it is in the text."
     if len(counts) != tokenizer.vocab_size:
         raise InputError(f"{len(counts)} counts for {tokenizer.vocab_size} tokens", fix="count with the same tokenizer")
@@ -247,7 +247,7 @@ def merge_firings(
     for made in sorted(tree, key=lambda i: -len(table[i])):
         for part in tree[made]:
             fires[part] += fires[made]
-    return np.array(fires, dtype=np.int64)
+    return np.array(fires)
 
 # %% ../../nbs/16_tokenization.quality.ipynb #863ae349
 def size_curve(
@@ -589,22 +589,24 @@ def _needed_for(
     "The fewest merges that cover so much of a text."
     if not 0 < coverage <= 1:
         raise InputError(f"coverage {coverage} is no share", fix="use more than 0 and at most 1")
-    size = {i: int(counts[i]) * len(data) for i, data in _token_bytes(tokenizer).items()}
-    total, made = sum(size.values()), [size[i] for i in order]
-    covered = np.cumsum([total - sum(made), *made])
-    return int(np.argmax(covered >= coverage * total))
+    size = {i: counts[i].item() * len(data) for i, data in _token_bytes(tokenizer).items()}
+    made = [size[i] for i in order]
+    covered = np.cumsum([sum(size.values()) - sum(made), *made])
+    return int(np.argmax(covered >= coverage * covered[-1]))
 
 def prune(
     tokenizer: BPETokenizer, # any
-    texts: Iterable[str] | np.ndarray, # what it will have to encode, or the (vocab_size,) counts of its tokens
+    texts: Iterable[str] | np.ndarray, # what it will have to encode, or the (vocab_size,) counts of its tokens, weighted as you like
     *,
     vocab_size: int | None = None, # of the result, bytes and special tokens included; or
     coverage: float | None = None, # share of the text's bytes that must lie inside kept tokens
 ) -> PrunedTokenizer:
     "Keep the merges that fire most often, all bytes and all special tokens. Raises `InputError` for an impossible size."
     counts = texts if isinstance(texts, np.ndarray) else token_counts(tokenizer, texts)
-    if (vocab_size is None) == (coverage is None) or not counts.sum():
-        raise InputError("pruning needs some text, and either vocab_size or coverage")
+    if (vocab_size is None) == (coverage is None):
+        raise InputError("pruning needs a goal", fix="give either vocab_size or coverage")
+    if not counts.sum() > 0 or counts.min() < 0:
+        raise InputError("there is no text to prune by", fix="give at least one text that isn't empty, or counts from 0")
     order = _by_firings(tokenizer, merge_firings(tokenizer, counts))
     least, most = 256 + len(tokenizer.special_tokens), 256 + len(tokenizer.special_tokens) + len(order)
     n = vocab_size - least if vocab_size is not None else _needed_for(tokenizer, counts, order, coverage or 0.0)
