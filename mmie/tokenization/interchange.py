@@ -264,7 +264,7 @@ def from_hf(
     data, where = _contents(tokenizer)
     model = data["model"]
     kind = model.get("type") or ("BPE" if "merges" in model else "Unigram" if isinstance(model.get("vocab"), list) else "WordPiece")
-    if kind not in _READERS:
+    if not isinstance(kind, str) or kind not in _READERS:
         raise InputError(f"its model is {kind}", where=where, fix=f"we read {', '.join(_READERS)}")
     try:
         return _READERS[kind](data, skip_normalizer)
@@ -404,7 +404,9 @@ def _read_bpe(
 _READERS["BPE"] = _read_bpe
 
 # %% ../../nbs/15_tokenization.interchange.ipynb #5242b3c3
-_CHINESE = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF), (0x2A700, 0x2B81F), (0x2B920, 0x2CEAF), (0x2F800, 0x2FA1F))
+_CHINESE = ( # first and last code points
+    (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF), (0x2A700, 0x2B81F), (0x2B920, 0x2CEAF), (0x2F800, 0x2FA1F),
+)
 
 def _is_space(
     character: str, # one
@@ -465,6 +467,7 @@ class _Memo(dict[str, tuple[int, ...]]):
             self[word] = ids
         return ids
 
+# %% ../../nbs/15_tokenization.interchange.ipynb #ba803538
 class _Letters(dict[int, str]):
     "A table for `str.translate`."
     def __init__(
@@ -478,9 +481,7 @@ class _Letters(dict[int, str]):
         self[code] = self.letter(chr(code))
         return self[code]
 
-# %% ../../nbs/15_tokenization.interchange.ipynb #ba803538
-_UNKNOWN = "\N{DOUBLE QUESTION MARK}"
-
+# %% ../../nbs/15_tokenization.interchange.ipynb #af9eb23c
 def _longest_pieces(
     word: str, # cleaned
     vocabulary: Mapping[str, int], # piece → id
@@ -501,6 +502,9 @@ def _longest_pieces(
         start = end
     return ids
 
+# %% ../../nbs/15_tokenization.interchange.ipynb #8b047dc2
+_UNKNOWN = "\N{DOUBLE QUESTION MARK}" # how an unknown token is shown
+
 def _later_pieces(
     pieces: Mapping[int, str], # ordinary tokens
     special: Mapping[str, int], # special tokens
@@ -513,6 +517,7 @@ def _later_pieces(
     inside = {i: piece[len(rules.prefix):] for i, piece in pieces.items() if piece.startswith(rules.prefix)}
     return Vocabulary({i: piece.encode("utf-8") for i, piece in (words | inside).items()})
 
+# %% ../../nbs/15_tokenization.interchange.ipynb #b2498111
 def _words_and_origins(
     text: str, # as it was given
     letters: _Letters, # what becomes of each character
@@ -528,7 +533,7 @@ def _words_and_origins(
                 yield word, origin
                 word, origin = "", []
 
-# %% ../../nbs/15_tokenization.interchange.ipynb #85085754
+# %% ../../nbs/15_tokenization.interchange.ipynb #bc0bc4a7
 class WordPieceTokenizer(BaseTokenizer):
     "Words from the longest pieces that fit, as in BERT (Wu et al. 2016). Loses white space and what the rules take away."
     kind, lossless = "wordpiece", False
@@ -551,7 +556,7 @@ class WordPieceTokenizer(BaseTokenizer):
     def _word_ids(self, word: str) -> tuple[int, ...]:
         fits = len(word) <= self.rules.longest
         ids = _longest_pieces(word, self._vocabulary, self.rules.prefix, self._reach) if fits else None
-        return (self.unknown_id,) if ids is None else tuple(ids)
+        return tuple([self._vocabulary[self.rules.unknown]] if ids is None else ids)
 
     def _encode_plain(self, text: str) -> list[int]:
         return list(itertools.chain.from_iterable(map(self._words.__getitem__, text.translate(self._letters).split(" "))))
@@ -574,7 +579,7 @@ class WordPieceTokenizer(BaseTokenizer):
     def _settings(self) -> dict[str, object]:
         return {"vocabulary": self._vocabulary, "special_tokens": self.special_tokens, "rules": dataclasses.asdict(self.rules)}
 
-# %% ../../nbs/15_tokenization.interchange.ipynb #4fdb2024
+# %% ../../nbs/15_tokenization.interchange.ipynb #d633f8a6
 def _read_wordpiece(
     data: _Part, # a tokenizer.json
     skip: bool, # leave out steps that change text
@@ -584,8 +589,8 @@ def _read_wordpiece(
     if normal.get("type") != "BertNormalizer":
         _no_normalizer(data, skip)
         normal = {"clean_text": False, "handle_chinese_chars": False, "strip_accents": False, "lowercase": False}
-    if _type(data.get("pre_tokenizer")) != "BertPreTokenizer":
-        raise InputError(f"its pre-tokenizer ({_type(data.get('pre_tokenizer'))}) is not BERT's", fix="WordPiece can be read with BertPreTokenizer")
+    if (cutter := _type(data.get("pre_tokenizer"))) != "BertPreTokenizer":
+        raise InputError(f"its pre-tokenizer ({cutter}) is not BERT's", fix="WordPiece can be read with BertPreTokenizer")
     special, accents = _added(data, model["unk_token"]), normal["strip_accents"]
     rules = {
         "clean": normal["clean_text"], "chinese": normal["handle_chinese_chars"], "lowercase": normal["lowercase"],
@@ -597,6 +602,19 @@ def _read_wordpiece(
 _READERS["WordPiece"] = _read_wordpiece
 
 # %% ../../nbs/15_tokenization.interchange.ipynb #b3a70d97
+def _arcs(
+    word: str, # any
+    start: int, # a place in it
+    scores: Mapping[str, float], # piece → log-probability
+    longest: Mapping[str, int], # first letter → characters of the longest piece
+    unknown_score: float, # of a character that is no piece
+) -> list[tuple[int, float]]: # where pieces end, and their log-probability
+    "The pieces that begin at a place."
+    ends = range(start + 1, min(len(word), start + longest.get(word[start], 0)) + 1)
+    found = [(end, scores[word[start:end]]) for end in ends if word[start:end] in scores]
+    return found if word[start] in scores else [*found, (start + 1, unknown_score)]
+
+# %% ../../nbs/15_tokenization.interchange.ipynb #abc6c1f6
 Lattice = list[list[tuple[int, float]]] # for each place, the pieces that begin there: where they end, and their log-probability
 
 def piece_lattice(
@@ -609,18 +627,6 @@ def piece_lattice(
     for piece in scores:
         longest[piece[0]] = max(len(piece), longest.get(piece[0], 0))
     return [_arcs(word, start, scores, longest, unknown_score) for start in range(len(word))]
-
-def _arcs(
-    word: str, # any
-    start: int, # a place in it
-    scores: Mapping[str, float], # piece → log-probability
-    longest: Mapping[str, int], # first letter → characters of the longest piece
-    unknown_score: float, # of a character that is no piece
-) -> list[tuple[int, float]]: # where pieces end, and their log-probability
-    "The pieces that begin at a place."
-    ends = range(start + 1, min(len(word), start + longest.get(word[start], 0)) + 1)
-    found = [(end, scores[word[start:end]]) for end in ends if word[start:end] in scores]
-    return found if word[start] in scores else [*found, (start + 1, unknown_score)]
 
 # %% ../../nbs/15_tokenization.interchange.ipynb #7f7b5418
 def best_path(
@@ -716,15 +722,17 @@ class _Pieces:
             return tuple(map(self.bytes.__getitem__, piece.encode("utf-8")))
         return () if self.unknown_id is None else (self.unknown_id,)
 
-    def meaning(
-        self,
-        space: str, # what ▁ stands for
-    ) -> dict[int, bytes]:
-        "What the ids stand for."
-        table = {i: piece.replace(_SPACE, space).encode("utf-8") for piece, i in self.ids.items()} | {i: bytes([value]) for value, i in enumerate(self.bytes)}
-        return table if self.unknown_id is None else table | {self.unknown_id: _UNKNOWN.encode("utf-8")}
+# %% ../../nbs/15_tokenization.interchange.ipynb #beea8477
+def _meaning(
+    pieces: _Pieces, # of a tokenizer
+    space: str, # what ▁ stands for
+) -> dict[int, bytes]:
+    "What the ids stand for."
+    table = {i: piece.replace(_SPACE, space).encode("utf-8") for piece, i in pieces.ids.items()}
+    table |= {i: bytes([value]) for value, i in enumerate(pieces.bytes)}
+    return table if pieces.unknown_id is None else table | {pieces.unknown_id: _UNKNOWN.encode("utf-8")}
 
-# %% ../../nbs/15_tokenization.interchange.ipynb #c77d303d
+# %% ../../nbs/15_tokenization.interchange.ipynb #ecb2dae1
 class UnigramTokenizer(BaseTokenizer):
     "The most probable cut into pieces, as in SentencePiece, T5 and XLM-R (Kudo 2018). Loses some of the white space."
     kind, lossless = "unigram", False
@@ -740,9 +748,9 @@ class UnigramTokenizer(BaseTokenizer):
         self._listed, special = [(str(piece), float(score)) for piece, score in pieces], dict(special_tokens or {})
         self._pieces = _Pieces(self._listed, special, unknown_id, byte_fallback)
         self.spacing, self.unknown_id = Spacing(**spacing or {}), None if byte_fallback else unknown_id
-        super().__init__(self._pieces.meaning("" if self.spacing.prepend else " "), special)
-        self._later, self._chunks = Vocabulary(self._pieces.meaning(" "), special), _Memo(self._chunk_ids)
-        self._settled = {"unknown_id": unknown_id, "byte_fallback": byte_fallback}
+        super().__init__(_meaning(self._pieces, "" if self.spacing.prepend else " "), special)
+        self._later, self._chunks = Vocabulary(_meaning(self._pieces, " "), special), _Memo(self._chunk_ids)
+        self._fallback: dict[str, object] = {"unknown_id": unknown_id, "byte_fallback": byte_fallback}
 
     def _chunks_of(self, text: str) -> list[str]:
         spelled = self.spacing.spelled(text)
@@ -767,8 +775,8 @@ class UnigramTokenizer(BaseTokenizer):
         return super().decode_bytes(rows[:1]) + self._later.decode_bytes(rows[1:])
 
     def _settings(self) -> dict[str, object]:
-        own = {"pieces": [list(row) for row in self._listed], "special_tokens": self.special_tokens, "spacing": dataclasses.asdict(self.spacing)}
-        return own | self._settled
+        listed, spacing = [list(row) for row in self._listed], dataclasses.asdict(self.spacing)
+        return {"pieces": listed, "special_tokens": self.special_tokens, "spacing": spacing, **self._fallback}
 
 # %% ../../nbs/15_tokenization.interchange.ipynb #c0d8a370
 def _read_unigram(
@@ -778,8 +786,10 @@ def _read_unigram(
     "SentencePiece's unigram. Raises `InputError` for other ways to treat spaces."
     model, cutter = data["model"], data.get("pre_tokenizer")
     steps = cutter.get("pretokenizers", [cutter]) if cutter else []
-    if [step["type"] for step in steps] not in (["Metaspace"], ["WhitespaceSplit", "Metaspace"]) or steps[-1].get("replacement", _SPACE) != _SPACE:
-        raise InputError(f"its pre-tokenizer ({_type(cutter)}) is not SentencePiece's", fix="unigram can be read with Metaspace, or WhitespaceSplit and Metaspace")
+    usual = [step["type"] for step in steps] in (["Metaspace"], ["WhitespaceSplit", "Metaspace"])
+    if not usual or steps[-1].get("replacement", _SPACE) != _SPACE:
+        how = "unigram can be read with Metaspace, or WhitespaceSplit and Metaspace"
+        raise InputError(f"its pre-tokenizer ({_type(cutter)}) is not SentencePiece's", fix=how)
     _no_normalizer(data, skip)
     unknown, last = model.get("unk_id"), steps[-1]
     scheme = last.get("prepend_scheme", "always" if last.get("add_prefix_space", True) else "never") # older files have the latter
