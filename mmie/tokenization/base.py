@@ -93,6 +93,27 @@ def checked_text(
     return text
 
 # %% ../../nbs/11_tokenization.base.ipynb #65bb96fc
+def _as_text(
+    token: bytes, # any
+) -> str | None: # None: it is no text on its own
+    try:
+        return token.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+def _join_texts(
+    texts: list[str | None] | None, # of tokens, by id
+    ids: Sequence[int], # any
+) -> str | None: # None: it takes the long way, by bytes, which also knows what is wrong
+    "The text of tokens that are texts by themselves, quickly."
+    if texts is None or len(ids) < 2:
+        return None
+    try:
+        array.array("I", ids) # refuses what is negative or no whole number
+        return "".join(operator.itemgetter(*ids)(texts))
+    except (IndexError, TypeError, OverflowError):
+        return None
+
 class Vocabulary:
     "A table from ids to bytes: the ordinary tokens, and the special tokens, which usually come last."
     def __init__(
@@ -110,7 +131,8 @@ class Vocabulary:
             raise InputError(f"special token {taken[0]!r} has the id {self.special_tokens[taken[0]]}, which is taken", fix="use another")
         self._table: dict[int, bytes] = table | {i: name.encode("utf-8") for name, i in self.special_tokens.items()}
         self._size = max(self._table, default=-1) + 1
-        self._rows = [self._table.get(i) for i in range(self._size)] if self._size <= 2 * len(self._table) + 1000 else None
+        texts = {i: _as_text(token) for i, token in self._table.items()} if self._size <= 2 * len(self._table) + 1000 else {}
+        self._texts = [texts.get(i) for i in range(self._size)] if texts else None # None: no text on its own, or no token
 
     @property
     def vocab_size(self) -> int: # all ids lie in 0 … vocab_size − 1; tokenizers of others may leave some out
@@ -122,15 +144,11 @@ class Vocabulary:
         ids: Iterable[int], # a list, an array or a tensor of one dimension
     ) -> bytes:
         "The bytes the ids stand for, joined. Raises `InputError` for an id that doesn't exist."
-        plain: Sequence[int] = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        plain: Iterable[int] = ids.tolist() if hasattr(ids, "tolist") else ids
         try:
-            if self._rows is not None and len(plain) > 1:
-                array.array("I", plain) # refuses what is negative or no whole number
-                return b"".join(operator.itemgetter(*plain)(self._rows))
             return b"".join(map(self._table.__getitem__, plain))
-        except (KeyError, IndexError, TypeError, OverflowError) as error:
-            wrong = next(i for i in plain if not isinstance(i, (int, np.integer)) or i not in self._table)
-            raise InputError(f"no token has the id {wrong!r}", fix=f"ids are whole numbers from 0 to {self.vocab_size - 1}") from error
+        except (KeyError, TypeError) as error:
+            raise InputError(f"no token has the id {error}", fix=f"ids are whole numbers from 0 to {self.vocab_size - 1}") from error
 
     def decode(
         self,
@@ -138,7 +156,8 @@ class Vocabulary:
         errors: str = "replace", # what becomes of bytes that are no UTF-8: "replace" shows �, "strict" raises
     ) -> str:
         "The text of the ids, special tokens by their names."
-        return self.decode_bytes(ids).decode("utf-8", errors)
+        plain: Sequence[int] = ids if type(ids) is list else ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        return _join_texts(self._texts, plain) or self.decode_bytes(plain).decode("utf-8", errors)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.vocab_size:,} tokens, {len(self.special_tokens)} of them special)"
