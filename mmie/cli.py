@@ -64,6 +64,10 @@ _tokenizer = typer.Typer(
     name="tokenizer", help="Train a tokenizer, and look at what it does to text.", no_args_is_help=True, rich_markup_mode=None,
 )
 app.add_typer(_tokenizer)
+_bench = typer.Typer(
+    name="bench", help="Measure our parts beside the programs that people use instead.", no_args_is_help=True, rich_markup_mode=None,
+)
+app.add_typer(_bench)
 
 # %% ../nbs/94_cli.ipynb #b1c53c6e
 def _version(
@@ -351,3 +355,23 @@ def _report(
     "Write report.html anew from what a run has recorded."
     from mmie.lifecycle import write_run_report
     typer.echo(f"The report: {write_run_report(run)}")
+
+# %% ../nbs/94_cli.ipynb #52f0699e
+@_bench.command("tokenizer", epilog="Your own text:  mmie bench tokenizer --corpus notes/")
+def _bench_tokenizer(
+    corpus: _Corpus = [], # text to use # noqa: B006
+    megabytes: Annotated[
+        float, typer.Option(min=0.1, help="Without --corpus: how much of this installation's Python source to use."),
+    ] = 31.5, # of Python source
+    vocab_size: Annotated[int, typer.Option(min=300, help="Tokens to learn.")] = 32_768, # tokens to learn
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each program has a turn in each.")] = 3, # rounds
+) -> None:
+    """Train, encode and decode beside tokenizers, tiktoken and rustbpe, in turns.
+
+    Programs that aren't installed are left out. The column that matters is their time over ours: more than 1 means that ours is faster.
+    """
+    from mmie.bench import bench_tokenizer, python_sources
+    from mmie.tokenization.corpora import read_corpus
+    texts = [document.text for document in read_corpus(corpus)] if corpus else python_sources(megabytes)
+    for table in bench_tokenizer(texts, vocab_size=vocab_size, encode_vocab_size=min(vocab_size, 8_192), repeats=repeats):
+        typer.echo(f"{table}\n")

@@ -325,7 +325,7 @@ def test_every_truncation_is_an_error(pages: list[str], tmp_path: Path) -> None:
 
 
 def test_other_folders(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no tokenizer.json in this folder"):
+    with pytest.raises(InputError, match="there is no tokenizer"):
         from_hf(tmp_path)
     BPETokenizer([]).save(tmp_path)
     with pytest.raises(InputError, match="load_tokenizer"):

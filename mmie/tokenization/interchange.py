@@ -576,6 +576,9 @@ class WordPieceTokenizer(BaseTokenizer):
         rows = ids.tolist() if hasattr(ids, "tolist") else list(ids)
         return super().decode_bytes(rows[:1]) + self._later.decode_bytes(rows[1:])
 
+    def decode(self, ids: Iterable[int], errors: str = "replace") -> str: # as of any other tokenizer
+        return self.decode_bytes(ids).decode("utf-8", errors)
+
     def _settings(self) -> dict[str, object]:
         return {"vocabulary": self._vocabulary, "special_tokens": self.special_tokens, "rules": dataclasses.asdict(self.rules)}
 
@@ -773,6 +776,9 @@ class UnigramTokenizer(BaseTokenizer):
     def decode_bytes(self, ids: Iterable[int]) -> bytes: # the ▁ of the first token stands for nothing
         rows = ids.tolist() if hasattr(ids, "tolist") else list(ids)
         return super().decode_bytes(rows[:1]) + self._later.decode_bytes(rows[1:])
+
+    def decode(self, ids: Iterable[int], errors: str = "replace") -> str: # as of any other tokenizer
+        return self.decode_bytes(ids).decode("utf-8", errors)
 
     def _settings(self) -> dict[str, object]:
         listed, spacing = [list(row) for row in self._listed], dataclasses.asdict(self.spacing)
