@@ -432,13 +432,15 @@ def _in_processes(
 
 # %% ../../nbs/17_tokenization.scale.ipynb #9b1f902a
 def _spooled(
-    documents: Iterable[Document], # from anywhere
+    documents: Iterable[str | Path | Document], # from anywhere
     folder: Path, # of the shards
 ) -> Path: # a .jsonl file in it
     "Write documents to a file that can be cut."
     path, unfinished = folder / "documents.jsonl", folder / ".documents.jsonl.tmp"
     with _writing(folder), unfinished.open("w", encoding="ascii", newline="\n") as file:
         for document in documents:
+            if not isinstance(document, Document):
+                raise InputError("files and documents are mixed", fix="give one or the other")
             file.write(json.dumps({"text": document.text}) + "\n")
     unfinished.replace(path)
     return path
@@ -455,7 +457,7 @@ def _sources(
         raise InputError("no text given", fix="name a file or folder, or give documents")
     everything = itertools.chain([first], given)
     if isinstance(first, Document):
-        return {_spooled((item for item in everything if isinstance(item, Document)), folder): "documents"}
+        return {_spooled(everything, folder): "documents"}
     files: dict[Path, tuple[str, Path]] = {}
     for item in everything:
         if isinstance(item, Document):
