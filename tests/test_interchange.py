@@ -296,6 +296,11 @@ def test_what_cannot_be_read_is_named(parts: dict[str, object], message: str, pa
         from_hf(tmp_path)
 
 
+def test_a_pattern_that_means_something_else_there(pages: list[str]) -> None:
+    with pytest.raises(InputError, match="other ids"):
+        from_hf(train_bpe(pages, *split_by(r"^\w+|\w")))
+
+
 def test_llama2_is_called_by_its_name(tmp_path: Path) -> None:
     machine = Tokenizer(models.BPE(vocab={"▁": 0, "a": 1}, merges=[], byte_fallback=True, unk_token="▁"))
     machine.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

@@ -42,7 +42,7 @@ def _byte_letters() -> list[str]: # 256 different letters
 
 # %% ../../nbs/15_tokenization.interchange.ipynb #63ad3fba
 def _ordinary(
-    tokenizer: BPETokenizer, # ours
+    tokenizer: BaseTokenizer, # ours
 ) -> dict[bytes, int]: # in the order of the ids
     "The tokens that aren't special."
     special = set(tokenizer.special_tokens.values())
@@ -52,7 +52,7 @@ def _ordinary(
 _AWKWARD = "\n a  b\n\nIt's 12345 O'Neill WE'LL\tnaïve E\u0301 你好мир שלום 👩🏽\u200d🚀\r\n   x_y;\u00a0\u2003z ſ K ٣४\0 aaaaaaa ababab"
 
 def _confirm(
-    tokenizer: BPETokenizer, # ours
+    tokenizer: BaseTokenizer, # ours
     encode: Callable[[str], list[int]], # theirs; special tokens in a text are text
     name: str, # theirs, for the error
 ) -> None:
@@ -252,7 +252,37 @@ def _contents(
         raise InputError("this is no tokenizer.json: it has no model", where=str(path))
     return data, str(path)
 
-# %% ../../nbs/15_tokenization.interchange.ipynb #a4863748
+# %% ../../nbs/15_tokenization.interchange.ipynb #c320f81a
+def _type(
+    part: _Part | None, # of a tokenizer.json
+) -> str:
+    "What a station is called; a sequence by its steps."
+    if part is None:
+        return "none"
+    steps = next((part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part), None)
+    return str(part["type"]) if steps is None else " + ".join(map(_type, steps))
+
+# %% ../../nbs/15_tokenization.interchange.ipynb #70c34e80
+def _rebuilt(
+    data: _Part, # a tokenizer.json
+) -> Callable[[str], list[int]] | None: # text → ids; None: their library isn't installed
+    "Their own machine, as far as ours goes. Raises `InputError` if they can't read it themselves."
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        return None
+    normalizer = data.get("normalizer") if _type(data.get("normalizer")) == "BertNormalizer" else None
+    left_out = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None, "normalizer": normalizer}
+    text = json.dumps({"version": "1.0", "decoder": None, "pre_tokenizer": None, **data, **left_out})
+    if data["model"].get("merges"): # byte-level
+        text = text.replace('"add_prefix_space": true', '"add_prefix_space": false')
+    try:
+        machine = Tokenizer.from_str(text)
+    except Exception as error: # the library has no type of its own
+        raise InputError(f"Hugging Face can't read it either: {error}") from error
+    return lambda probe: list(machine.encode(probe).ids)
+
+# %% ../../nbs/15_tokenization.interchange.ipynb #846d77ef
 _READERS: dict[str, Callable[[_Part, bool], BaseTokenizer]] = {} # type of model → what reads it
 
 def from_hf(
@@ -267,21 +297,14 @@ def from_hf(
     if not isinstance(kind, str) or kind not in _READERS:
         raise InputError(f"its model is {kind}", where=where, fix=f"we read {', '.join(_READERS)}")
     try:
-        return _READERS[kind](data, skip_normalizer)
+        ours, encode = _READERS[kind](data, skip_normalizer), _rebuilt(data)
+        if encode is not None:
+            _confirm(ours, encode, "Hugging Face")
+        return ours
     except InputError as error:
         raise InputError(error.what, where=where, fix=error.fix) from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise InputError(f"the tokenizer is damaged: {type(error).__name__} {error}", where=where) from error
-
-# %% ../../nbs/15_tokenization.interchange.ipynb #c320f81a
-def _type(
-    part: _Part | None, # of a tokenizer.json
-) -> str:
-    "What a station is called; a sequence by its steps."
-    if part is None:
-        return "none"
-    steps = next((part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part), None)
-    return str(part["type"]) if steps is None else " + ".join(map(_type, steps))
 
 # %% ../../nbs/15_tokenization.interchange.ipynb #3f91e2f5
 def _no_normalizer(

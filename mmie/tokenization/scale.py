@@ -523,6 +523,8 @@ def _run(
         deque(execute(functools.partial(_check_text, folder, digest), shards), maxlen=0)
     with _writing(folder):
         atomic_write(folder / _PLAN, json.dumps(plan) + "\n")
+    if workers not in (1, "ray"):
+        work(["One word: é."]) # builds what is built at first use
     _finish(functools.partial(_make_shard, work, folder, digest), shards, folder, execute, progress)
     for left in [*folder.glob(".*.tmp"), folder / "documents.jsonl"]: # of killed writers, and of ours
         left.unlink(missing_ok=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GPT2_PATTERN', 'GPT4_PATTERN', 'O200K_PATTERN', 'END', 'LETTER', 'DIGIT', 'SIGN', 'SPACE', 'NEWLINE', 'ALONE',
-           'SPACED', 'LONGEST', 'covering', 'splitter', 'has_rule', 'chunk_starts', 'Block', 'cut_block', 'chunk_keys',
-           'KeyTable', 'key_bytes', 'gather', 'count_chunks']
+           'SPACED', 'LONGEST_KEY', 'covering', 'splitter', 'has_rule', 'chunk_starts', 'ChunkBlock', 'cut_block',
+           'chunk_keys', 'KeyTable', 'key_bytes', 'gather', 'count_chunks']
 
 # %% ../../nbs/13_tokenization.splitting.ipynb #ebf10788
 import functools
@@ -225,7 +225,7 @@ def _parts(
 
 # %% ../../nbs/13_tokenization.splitting.ipynb #bb0f2ed7
 @dataclass(frozen=True, slots=True)
-class Block:
+class ChunkBlock:
     "Texts, or parts of texts, cut into chunks."
     data: bytes # UTF-8, with separators between the parts
     starts: np.ndarray # (chunks,) int64: where each chunk begins in it
@@ -252,12 +252,12 @@ def _unicode_block(
 def cut_block(
     parts: Sequence[str], # texts that can be written as UTF-8
     pattern: str = GPT4_PATTERN, # or GPT2_PATTERN
-) -> Block:
+) -> ChunkBlock:
     "Cut many short texts, or parts of long ones, in one go."
     ascii_only = all(map(str.isascii, parts))
     data, points, kinds = (_ascii_block if ascii_only else _unicode_block)(parts)
     if not data:
-        return Block(b"", *(np.zeros(n, dtype=np.int64) for n in (0, 0, len(parts))))
+        return ChunkBlock(b"", *(np.zeros(n, dtype=np.int64) for n in (0, 0, len(parts))))
     starts = chunk_starts(points, kinds, pattern)
     text = kinds[starts] != END
     ends = np.searchsorted(starts[text], np.cumsum([len(part) + 1 for part in parts]))
@@ -265,16 +265,16 @@ def cut_block(
         width = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
         starts = (np.cumsum(width) - width)[starts]
     sizes = np.diff(starts, append=len(data))
-    return Block(data, starts[text], sizes[text], ends)
+    return ChunkBlock(data, starts[text], sizes[text], ends)
 
 # %% ../../nbs/13_tokenization.splitting.ipynb #2f258bde
-LONGEST = 15 # bytes of a chunk that fits into a key
+LONGEST_KEY = 15 # bytes of a chunk that fits into a key
 
 _MASKS = np.array([(1 << 8 * n) - 1 for n in range(9)], dtype=np.uint64) # the lowest n bytes
 
 def chunk_keys(
-    block: Block, # chunks of any size
-    short: np.ndarray, # which of them have at most LONGEST bytes
+    block: ChunkBlock, # chunks of any size
+    short: np.ndarray, # which of them have at most LONGEST_KEY bytes
 ) -> np.ndarray: # (2, short chunks) uint64: first eight bytes; seven more and the size
     "Chunks as pairs of integers: equal if and only if the chunks are."
     words = np.ndarray((len(block.data) + 1,), dtype="<u8", buffer=block.data + bytes(16), strides=(1,))
@@ -351,7 +351,7 @@ def key_bytes(
     keys: np.ndarray, # (2, n) uint64
 ) -> np.ndarray: # (n, 16) uint8: the chunk, zeros, and its size
     "What keys stand for."
-    return np.ascontiguousarray(keys.T).astype("<u8").view(np.uint8).reshape(-1, LONGEST + 1)
+    return np.ascontiguousarray(keys.T).astype("<u8").view(np.uint8).reshape(-1, LONGEST_KEY + 1)
 
 # %% ../../nbs/13_tokenization.splitting.ipynb #9b53510b
 def gather(
@@ -383,7 +383,7 @@ def _count_in_arrays(
     totals = np.zeros(0, dtype=np.int64)
     for _, parts in gather(texts, pattern):
         block = cut_block(parts, pattern)
-        short = block.sizes <= LONGEST
+        short = block.sizes <= LONGEST_KEY
         keys = chunk_keys(block, short)
         numbers = table.find(keys)
         if len(missing := np.flatnonzero(numbers < 0)):
@@ -394,7 +394,7 @@ def _count_in_arrays(
         totals = counted
         at, size = block.starts[~short].tolist(), block.sizes[~short].tolist()
         long.update(block.data[a:a + n] for a, n in zip(at, size, strict=True))
-    chunks = (row[:row[LONGEST]] for row in map(bytes, key_bytes(table.keys)))
+    chunks = (row[:row[LONGEST_KEY]] for row in map(bytes, key_bytes(table.keys)))
     found = itertools.chain(zip(chunks, totals.tolist(), strict=True), long.items())
     return Counter({chunk.decode(): count for chunk, count in found})
 
