@@ -272,7 +272,7 @@ def _rebuilt(
     except ImportError:
         return None
     normalizer = data.get("normalizer") if _type(data.get("normalizer")) == "BertNormalizer" else None
-    left_out = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None, "normalizer": normalizer}
+    left_out: _Part = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None, "normalizer": normalizer}
     text = json.dumps({"version": "1.0", "decoder": None, "pre_tokenizer": None, **data, **left_out})
     if data["model"].get("merges"): # byte-level
         text = text.replace('"add_prefix_space": true', '"add_prefix_space": false')

@@ -35,7 +35,7 @@ def _row(
     symbols[np.concatenate(([0], np.cumsum(room)))] = -1
     weights = np.concatenate(([0], np.repeat(np.array([count for _, count in chunks], dtype=np.int64), room)))
     arrays = symbols, weights, symbols >= 0, np.ones(256 + n_merges, dtype=np.int64)
-    return _Row(*arrays, tuple(memoryview(array) for array in arrays))
+    return _Row(*arrays, tuple(array.data for array in arrays))
 
 # %% ../../nbs/14_tokenization.merges.ipynb #7c9c9d50
 _SECOND = (1 << 32) - 1 # the part of a pair's number that is its second id
