@@ -646,11 +646,12 @@ def shard_timeline(
     rows = list(dict.fromkeys((entry["run"], entry["worker"]) for entry in entries))
     fig, ax = figure(width=9, height=0.45 * len(rows) + 1)
     begin = min(entry["start"] for entry in entries)
+    span = max(entry["end"] for entry in entries) - begin
     for entry in entries:
         color = PALETTE[runs.index(entry["run"]) % len(PALETTE)]
         row, left, width = rows.index((entry["run"], entry["worker"])), entry["start"] - begin, entry["end"] - entry["start"]
         ax.barh(row, width, left=left, height=0.7, color=color, edgecolor=PAPER, linewidth=0.5)
-        if len(entries) <= 60:
+        if width > 0.013 * span: # room for a number
             ink = max(PAPER, INK, key=lambda ink: contrast(ink, color))
             ax.text(left + width / 2, row, str(entry["shard"]), ha="center", va="center", fontsize=6, color=ink)
     ax.set_yticks(range(len(rows)), [f"run {runs.index(run) + 1}" for run, _ in rows])
