@@ -9,7 +9,8 @@ import nbformat
 import pytest
 
 from mmie.tokenization.base import BaseTokenizer, WordTokenizer
-from mmie.tokenization.bpe import GPT2_PATTERN, BPETokenizer, merge_steps
+from mmie.tokenization.bpe import BPETokenizer, merge_steps
+from mmie.tokenization.splitting import GPT2_PATTERN
 from mmie.tokenization.explorer import TokenExplorer, align_tokens, cuts, legible, merges_made, token_ids, token_pieces, token_walk
 
 ROOT = Path(__file__).resolve().parent.parent

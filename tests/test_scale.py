@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from mmie.core import InputError
 from mmie.tokenization import scale
 from mmie.tokenization.base import BaseTokenizer, ByteTokenizer
-from mmie.tokenization.bpe import BPETokenizer, count_chunks
+from mmie.tokenization.bpe import BPETokenizer
 from mmie.tokenization.corpora import Document, python_docs, read_corpus
 from mmie.tokenization.scale import ShardSet, count_shards, encode_shards
+from mmie.tokenization.splitting import count_chunks
 
 SIZE = 40_000
 SCRIPT = """

@@ -24,9 +24,9 @@ import sys
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -253,7 +253,13 @@ def map_in_processes(
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with warnings.catch_warnings(), ProcessPoolExecutor(workers, mp_context=context) as pool:
         warnings.simplefilter("ignore", DeprecationWarning) # Python ≥ 3.12 warns of threads at a fork, see above
-        yield from pool.map(function, items)
+        waiting: deque[Future[_Result]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * workers: # the items may be more than memory holds
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 def _encode_all(
     encode_one: Callable[[str], list[int]], # a tokenizer's `encode`
