@@ -143,11 +143,12 @@ def _encode_rows(
 ) -> np.ndarray: # (chunks, columns) int64: ids of their tokens, −1 behind the end
     "Merge many short chunks side by side."
     def look_up(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        keys = (first << 32 | second & 0xFFFFFFFF).ravel().view(np.uint64)
-        return ranks[pairs.find(np.stack((keys, np.zeros_like(keys))))].reshape(first.shape)
+        keys = (first << 32 | second & 0xFFFFFFFF).view(np.uint64)
+        return ranks[pairs.find(np.stack((keys, np.zeros_like(keys))))]
 
-    done, here = np.empty_like(ids), np.arange(len(ids))
-    found, column = look_up(ids[:, :-1], ids[:, 1:]), np.arange(ids.shape[1])
+    n, width = ids.shape
+    done, here, column = np.empty_like(ids), np.arange(n), np.arange(width)
+    found = look_up(ids[:, :-1].ravel(), ids[:, 1:].ravel()).reshape(n, width - 1)
     while len(here):
         at = found.argmin(axis=1)
         best = found[np.arange(len(here)), at]
@@ -160,9 +161,9 @@ def _encode_rows(
         ids[:, :-1] = np.where(later, ids[:, 1:], ids[:, :-1])
         found[:, :-1] = np.where(later[:, :-1], found[:, 1:], found[:, :-1])
         ids[:, -1], found[:, -1] = -1, _NO_MERGE
+        inner = row[at > 0] # those with a neighbor on the left
+        row, at = np.concatenate((row, inner)), np.concatenate((at, at[inner] - 1))
         found[row, at] = look_up(ids[row, at], ids[row, at + 1])
-        inner = np.flatnonzero(at)
-        found[inner, at[inner] - 1] = look_up(ids[inner, at[inner] - 1], ids[inner, at[inner]])
     return done
 
 # %% ../../nbs/15_tokenization.bpe.ipynb #87f2cdcf
@@ -478,7 +479,8 @@ class BPETokenizer(BaseTokenizer):
         workers: int | None = None, # processes; None: this one
     ) -> list[np.ndarray]: # one int32 array per text
         "Encode many texts without special tokens, faster than to lists. Raises `InputError` for lone surrogates."
-        checked = [checked_text(text) for text in texts]
+        quick = has_rule(self.pattern) # then lone surrogates are noticed in the cutting
+        checked = [text if quick and isinstance(text, str) else checked_text(text) for text in texts]
         rows: list[list[np.ndarray]] = [[] for _ in checked]
         for number, ids in self._pieces(checked) if not workers or workers < 2 else _in_processes(self, checked, self.pattern, workers):
             rows[number].append(ids)

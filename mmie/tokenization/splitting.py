@@ -21,7 +21,7 @@ import regex
 from tqdm import tqdm
 
 from ..core import InputError
-from .base import map_in_processes
+from .base import checked_text, map_in_processes
 
 # %% ../../nbs/13_tokenization.splitting.ipynb #edcab6f5
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -250,12 +250,15 @@ def _unicode_block(
     return joined.encode("utf-8", "surrogatepass"), points, _kinds()[points]
 
 def cut_block(
-    parts: Sequence[str], # texts that can be written as UTF-8
+    parts: Sequence[str], # any texts
     pattern: str = GPT4_PATTERN, # or GPT2_PATTERN
 ) -> ChunkBlock:
-    "Cut many short texts, or parts of long ones, in one go."
+    "Cut many short texts, or parts of long ones, in one go. Raises `InputError` for lone surrogates."
     ascii_only = all(map(str.isascii, parts))
     data, points, kinds = (_ascii_block if ascii_only else _unicode_block)(parts)
+    if not ascii_only and np.count_nonzero(kinds == END) >= len(parts): # one too many
+        for part in parts:
+            checked_text(part)
     if not data:
         return ChunkBlock(b"", *(np.zeros(n, dtype=np.int64) for n in (0, 0, len(parts))))
     starts = chunk_starts(points, kinds, pattern)
