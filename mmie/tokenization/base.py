@@ -16,7 +16,6 @@ import importlib
 import itertools
 import json
 import multiprocessing
-import operator
 import os
 import pickle
 import re
@@ -93,26 +92,16 @@ def checked_text(
     return text
 
 # %% ../../nbs/11_tokenization.base.ipynb #65bb96fc
-def _as_text(
-    token: bytes, # any
-) -> str | None: # None: it is no text on its own
-    try:
-        return token.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
+_MANY = 32 # ids from which on arrays are faster than a dictionary
 
-def _join_texts(
-    texts: list[str | None] | None, # of tokens, by id
-    ids: Sequence[int], # any
-) -> str | None: # None: it takes the long way, by bytes, which also knows what is wrong
-    "The text of tokens that are texts by themselves, quickly."
-    if texts is None or len(ids) < 2:
-        return None
-    try:
-        array.array("I", ids) # refuses what is negative or no whole number
-        return "".join(operator.itemgetter(*ids)(texts))
-    except (IndexError, TypeError, OverflowError):
-        return None
+def _in_a_row(
+    table: Mapping[int, bytes], # id → what it stands for
+    size: int, # more than the largest id
+) -> np.ndarray: # (size,) objects: bytes, or None where there is no token
+    "The same table for looking up many at once."
+    row = np.full(size, None, dtype=object)
+    row[list(table)] = list(table.values())
+    return row
 
 class Vocabulary:
     "A table from ids to bytes: the ordinary tokens, and the special tokens, which usually come last."
@@ -131,8 +120,7 @@ class Vocabulary:
             raise InputError(f"special token {taken[0]!r} has the id {self.special_tokens[taken[0]]}, which is taken", fix="use another")
         self._table: dict[int, bytes] = table | {i: name.encode("utf-8") for name, i in self.special_tokens.items()}
         self._size = max(self._table, default=-1) + 1
-        texts = {i: _as_text(token) for i, token in self._table.items()} if self._size <= 2 * len(self._table) + 1000 else {}
-        self._texts = [texts.get(i) for i in range(self._size)] if texts else None # None: no text on its own, or no token
+        self._row = _in_a_row(self._table, self._size) if self._size <= 2 * len(self._table) + 1000 else None
 
     @property
     def vocab_size(self) -> int: # all ids lie in 0 … vocab_size − 1; tokenizers of others may leave some out
@@ -144,11 +132,15 @@ class Vocabulary:
         ids: Iterable[int], # a list, an array or a tensor of one dimension
     ) -> bytes:
         "The bytes the ids stand for, joined. Raises `InputError` for an id that doesn't exist."
-        plain: Iterable[int] = ids.tolist() if hasattr(ids, "tolist") else ids
+        plain: Sequence[int] = ids if type(ids) is list else ids.tolist() if hasattr(ids, "tolist") else list(ids)
         try:
-            return b"".join(map(self._table.__getitem__, plain))
-        except (KeyError, TypeError) as error:
-            raise InputError(f"no token has the id {error}", fix=f"ids are whole numbers from 0 to {self.vocab_size - 1}") from error
+            if self._row is None or len(plain) < _MANY:
+                return b"".join(map(self._table.__getitem__, plain))
+            numbers = np.frombuffer(array.array("I", plain), dtype=np.uint32) # an array that refuses what is negative or no whole number
+            return b"".join(self._row.take(numbers).tolist())
+        except (KeyError, IndexError, TypeError, OverflowError) as error:
+            wrong = next(i for i in plain if not isinstance(i, (int, np.integer)) or i not in self._table)
+            raise InputError(f"no token has the id {wrong!r}", fix=f"ids are whole numbers from 0 to {self.vocab_size - 1}") from error
 
     def decode(
         self,
@@ -156,8 +148,7 @@ class Vocabulary:
         errors: str = "replace", # what becomes of bytes that are no UTF-8: "replace" shows �, "strict" raises
     ) -> str:
         "The text of the ids, special tokens by their names."
-        plain: Sequence[int] = ids if type(ids) is list else ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        return _join_texts(self._texts, plain) or self.decode_bytes(plain).decode("utf-8", errors)
+        return self.decode_bytes(ids).decode("utf-8", errors)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.vocab_size:,} tokens, {len(self.special_tokens)} of them special)"
