@@ -418,15 +418,53 @@ def _in_processes(
         _AT_HAND.pop(tokenizer.fingerprint, None)
 
 # %% ../../nbs/15_tokenization.bpe.ipynb #63d7185b
-_INTERCHANGE = "mmie.tokenization.interchange" # a later chapter, asked for when it's needed
+_INTERCHANGE = "mmie.tokenization.interchange"
 
-def _as_text(
-    vocabulary: Mapping[bytes, int], # bytes → id
-) -> dict[str, int]: # for JSON: a character per byte
-    "A vocabulary for a file."
-    return {token.decode("latin-1"): i for token, i in vocabulary.items()}
+class _Exchange:
+    "To other people's tokenizers and back."
+    @classmethod
+    def from_tiktoken(
+        cls,
+        encoding: "Encoding", # of tiktoken
+    ) -> "Self":
+        "The same tokenizer, id for id."
+        return importlib.import_module(_INTERCHANGE).from_tiktoken(encoding)
 
-class BPETokenizer(BaseTokenizer):
+    @classmethod
+    def from_hf(
+        cls,
+        tokenizer: "PreTrainedTokenizerFast | Tokenizer | str | os.PathLike[str]", # of transformers or tokenizers, or a folder
+        *,
+        skip_normalizer: bool = False, # read one that changes its texts first, and leave that part out
+    ) -> "Self":
+        "The same tokenizer, id for id. Raises `InputError` if it isn't byte-level BPE."
+        found = importlib.import_module(_INTERCHANGE).from_hf(tokenizer, skip_normalizer=skip_normalizer)
+        if not isinstance(found, cls):
+            raise InputError(f"this is a {found.kind} tokenizer", fix="read it with mmie.tokenization.interchange.from_hf")
+        return found
+
+    def to_tiktoken(self) -> "Encoding":
+        "The same tokenizer for tiktoken. Raises `InputError` if that isn't installed, or can't hold it."
+        return importlib.import_module(_INTERCHANGE).to_tiktoken(self)
+
+    def to_hf(self) -> "PreTrainedTokenizerFast":
+        "The same tokenizer for transformers. Raises `InputError` if that isn't installed, or can't hold it."
+        return importlib.import_module(_INTERCHANGE).to_hf(self)
+
+# %% ../../nbs/15_tokenization.bpe.ipynb #4fb6f2cc
+def _as_json(
+    pairs: Sequence[tuple[int, int]] | None, # merges
+    vocabulary: Mapping[bytes, int] | None, # for ids of others
+    special_tokens: Mapping[str, int], # name → id
+    first: int, # the id that a tokenizer of ours gives to its first special token
+) -> dict[str, object]:
+    "The arguments that make a tokenizer, as a file holds them: special tokens by name alone if their ids are the usual ones."
+    usual = vocabulary is None and list(special_tokens.values()) == list(range(first, first + len(special_tokens)))
+    settings: dict[str, object] = {"merges": pairs and [list(pair) for pair in pairs]}
+    settings["special_tokens"] = list(special_tokens) if usual else dict(special_tokens)
+    return settings if vocabulary is None else {**settings, "vocabulary": {token.decode("latin-1"): i for token, i in vocabulary.items()}}
+
+class BPETokenizer(_Exchange, BaseTokenizer):
     "Byte-level byte-pair encoding. Its own ids: the 256 bytes, the merges in order, the special tokens; or those of a given vocabulary."
     kind = "bpe"
 
@@ -498,45 +536,13 @@ class BPETokenizer(BaseTokenizer):
         return [ids.tolist() for ids in self.encode_arrays(texts, workers)]
 
     def _settings(self) -> dict[str, object]:
-        following = range(self.vocab_size - len(self.special_tokens), self.vocab_size)
-        own = self._vocabulary is None and list(self.special_tokens.values()) == list(following)
-        settings: dict[str, object] = {"merges": self._pairs and [list(pair) for pair in self._pairs], "pattern": self.pattern}
-        settings["special_tokens"] = list(self.special_tokens) if own else self.special_tokens
-        return settings if self._vocabulary is None else {**settings, "vocabulary": _as_text(self._vocabulary)}
+        first = 256 + len(self.merges)
+        return {"pattern": self.pattern, **_as_json(self._pairs, self._vocabulary, self.special_tokens, first)}
 
     @classmethod
     def _from_settings(cls, settings: Mapping[str, Any]) -> "Self":
         vocabulary = settings.get("vocabulary")
         return cls(**{**settings, "vocabulary": vocabulary and {token.encode("latin-1"): i for token, i in vocabulary.items()}})
-
-    @classmethod
-    def from_tiktoken(
-        cls,
-        encoding: "Encoding", # of tiktoken
-    ) -> "Self":
-        "The same tokenizer, id for id."
-        return importlib.import_module(_INTERCHANGE).from_tiktoken(encoding)
-
-    @classmethod
-    def from_hf(
-        cls,
-        tokenizer: "PreTrainedTokenizerFast | Tokenizer | str | os.PathLike[str]", # of transformers or tokenizers, or a folder
-        *,
-        skip_normalizer: bool = False, # read one that changes its texts first, and leave that part out
-    ) -> "Self":
-        "The same tokenizer, id for id. Raises `InputError` if it isn't byte-level BPE."
-        found = importlib.import_module(_INTERCHANGE).from_hf(tokenizer, skip_normalizer=skip_normalizer)
-        if not isinstance(found, cls):
-            raise InputError(f"this is a {found.kind} tokenizer", fix="read it with mmie.tokenization.interchange.from_hf")
-        return found
-
-    def to_tiktoken(self) -> "Encoding":
-        "The same tokenizer for tiktoken. Raises `InputError` if that isn't installed, or can't hold it."
-        return importlib.import_module(_INTERCHANGE).to_tiktoken(self)
-
-    def to_hf(self) -> "PreTrainedTokenizerFast":
-        "The same tokenizer for transformers. Raises `InputError` if that isn't installed, or can't hold it."
-        return importlib.import_module(_INTERCHANGE).to_hf(self)
 
 # %% ../../nbs/15_tokenization.bpe.ipynb #148e80f8
 def _join(
