@@ -253,7 +253,7 @@ def _read_pool(
     return pool[np.repeat(begin - (ends - count), count) + np.arange(total)], ends
 
 # %% ../../nbs/15_tokenization.bpe.ipynb #b022bc4d
-_SHORT = 2_000 # characters up to which the cache is faster than arrays
+_SHORT = 10_000 # characters up to which the cache is faster than arrays
 
 class _Encoder:
     "Text to ids, by the faster of two ways."
