@@ -217,8 +217,8 @@ def _tokenizer_decode(
     from mmie.tokenization.base import load_tokenizer
     words = " ".join(ids) if ids else _standard_input()
     numbers = words.replace("[", " ").replace("]", " ").replace(",", " ").split()
-    if wrong := next((word for word in numbers if not word.isdecimal()), None):
-        raise InputError(f"{wrong!r} is not a token id", fix="give whole numbers, as `mmie tokenizer encode` prints them")
+    if wrong := next((word for word in numbers if not word.isdecimal() or len(word) > 20), None):
+        raise InputError(f"{wrong[:20]!r} is not a token id", fix="give whole numbers, as `mmie tokenizer encode` prints them")
     typer.echo(load_tokenizer(tokenizer).decode([int(word) for word in numbers]))
 
 # %% ../nbs/94_cli.ipynb #3362b37a

@@ -16,6 +16,7 @@ import importlib
 import itertools
 import json
 import multiprocessing
+import operator
 import os
 import pickle
 import re
@@ -91,8 +92,35 @@ def checked_text(
             raise InputError(what, where=f"position {error.start}", fix="clean it with text.encode('utf-8', 'replace').decode()") from error
     return text
 
+def _several(
+    texts: Iterable[str], # what the user calls several texts
+) -> list[str]: # the same
+    "Texts in a list. Raises `InputError` for a single one, which Python would take for a list of letters."
+    if isinstance(texts, (str, bytes)):
+        raise InputError("expected several texts, got one", fix="pass [text]")
+    return list(texts)
+
 # %% ../../nbs/11_tokenization.base.ipynb #65bb96fc
 _MANY = 32 # ids from which on arrays are faster than a dictionary
+
+def _listed(
+    ids: Iterable[int], # what the user calls ids
+) -> list[int]: # the same
+    "Ids in a list. Raises `InputError` for a single one."
+    plain = ids.tolist() if hasattr(ids, "tolist") else ids
+    if not isinstance(plain, Iterable):
+        raise InputError(f"expected several ids, got {plain!r}", fix="pass them in a list")
+    return plain if isinstance(plain, list) else list(plain)
+
+def _is_key(
+    i: object, # perhaps an id
+    table: Mapping[int, bytes], # of ids
+) -> bool:
+    "Whether something is a whole number, and in a table."
+    try:
+        return operator.index(i) in table # type: ignore[arg-type]
+    except TypeError:
+        return False
 
 def _in_a_row(
     table: Mapping[int, bytes], # id → what it stands for
@@ -103,6 +131,23 @@ def _in_a_row(
     row[list(table)] = list(table.values())
     return row
 
+def _special_ids(
+    special_tokens: Sequence[str] | Mapping[str, int], # names, or name → id
+    following: int, # the first id that is free
+) -> dict[str, int]: # name → id
+    "The ids of special tokens. Raises `InputError` for names or ids that can't be."
+    if isinstance(special_tokens, str):
+        raise InputError(f"expected several special tokens, got {special_tokens!r}", fix=f"pass [{special_tokens!r}]")
+    names = [checked_text(name) for name in special_tokens]
+    if len(set(names)) < len(names) or "" in names:
+        raise InputError(f"special tokens must be different and not empty, got {names}")
+    if not isinstance(special_tokens, Mapping):
+        return dict(zip(names, itertools.count(following), strict=False))
+    ids = list(special_tokens.values())
+    if len(set(ids)) < len(ids) or not all(isinstance(i, (int, np.integer)) and 0 <= i < 1 << 31 for i in ids):
+        raise InputError(f"the ids of special tokens must be different whole numbers from 0, got {ids}")
+    return {name: int(i) for name, i in special_tokens.items()}
+
 class Vocabulary:
     "A table from ids to bytes: the ordinary tokens, and the special tokens, which usually come last."
     def __init__(
@@ -111,11 +156,7 @@ class Vocabulary:
         special_tokens: Sequence[str] | Mapping[str, int] = (), # names, whose ids follow, or name → id
     ) -> None:
         table = dict(tokens) if isinstance(tokens, Mapping) else dict(enumerate(tokens))
-        names = [checked_text(name) for name in special_tokens]
-        if len(set(names)) < len(names) or "" in names:
-            raise InputError(f"special tokens must be different and not empty, got {names}")
-        ids = special_tokens.values() if isinstance(special_tokens, Mapping) else range(max(table, default=-1) + 1, 1 << 62)
-        self.special_tokens: dict[str, int] = dict(zip(names, ids, strict=False))
+        self.special_tokens = _special_ids(special_tokens, max(table, default=-1) + 1)
         if taken := [name for name, i in self.special_tokens.items() if i in table]:
             raise InputError(f"special token {taken[0]!r} has the id {self.special_tokens[taken[0]]}, which is taken", fix="use another")
         self._table: dict[int, bytes] = table | {i: name.encode("utf-8") for name, i in self.special_tokens.items()}
@@ -132,14 +173,14 @@ class Vocabulary:
         ids: Iterable[int], # a list, an array or a tensor of one dimension
     ) -> bytes:
         "The bytes the ids stand for, joined. Raises `InputError` for an id that doesn't exist."
-        plain: Sequence[int] = ids if type(ids) is list else ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        plain = _listed(ids)
         try:
-            if self._row is None or len(plain) < _MANY:
-                return b"".join(map(self._table.__getitem__, plain))
-            numbers = np.frombuffer(array.array("I", plain), dtype=np.uint32) # an array that refuses what is negative or no whole number
-            return b"".join(self._row.take(numbers).tolist())
+            numbers = array.array("I", plain) # an array that refuses what is negative or no whole number
+            if self._row is None or len(numbers) < _MANY:
+                return b"".join(map(self._table.__getitem__, numbers))
+            return b"".join(self._row.take(np.frombuffer(numbers, dtype=np.uint32)).tolist())
         except (KeyError, IndexError, TypeError, OverflowError) as error:
-            wrong = next(i for i in plain if not isinstance(i, (int, np.integer)) or i not in self._table)
+            wrong = next(i for i in plain if not _is_key(i, self._table))
             raise InputError(f"no token has the id {wrong!r}", fix=f"ids are whole numbers from 0 to {self.vocab_size - 1}") from error
 
     def decode(
@@ -211,10 +252,13 @@ class _Stored(ABC):
         self,
         folder: str | os.PathLike[str], # made if it is missing
     ) -> Path: # the file in it
-        "Write the tokenizer to `mmie_tokenizer.json`, whole or not at all."
+        "Write the tokenizer to `mmie_tokenizer.json`, whole or not at all. Raises `InputError` if that's not possible."
         path, settings = Path(folder) / FILE_NAME, self._settings()
         data = {"format": _FORMAT, "version": _VERSION, "kind": self.kind, "sha256": self.fingerprint, "settings": settings}
-        atomic_write(path, json.dumps(data, ensure_ascii=True) + "\n")
+        try:
+            atomic_write(path, json.dumps(data, ensure_ascii=True) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write the tokenizer: {error.strerror}", where=str(path), fix="choose another folder") from error
         return path
 
     @classmethod
@@ -302,9 +346,9 @@ class BaseTokenizer(Vocabulary, _Stored):
         workers: int | None = None, # processes; None: this one
         allowed_special: AllowedSpecial = frozenset(), # as for `encode`
     ) -> list[list[int]]: # one list of ids per text
-        "Encode many texts."
-        encode_one = functools.partial(self.encode, allowed_special=allowed_special)
-        return _encode_shared(encode_one, list(texts), workers) if workers and workers > 1 else _encode_all(encode_one, list(texts))
+        "Encode many texts. Raises `InputError` as `encode` does, and for a single text."
+        encode_one, rows = functools.partial(self.encode, allowed_special=allowed_special), _several(texts)
+        return _encode_shared(encode_one, rows, workers) if workers and workers > 1 else _encode_all(encode_one, rows)
 
     def offsets(
         self,
@@ -359,7 +403,7 @@ class CharacterTokenizer(BaseTokenizer):
         special_tokens: Sequence[str] = (), # ids after the characters'
     ) -> "Self":
         "Know every character of these texts, in the order of Unicode."
-        return cls(sorted(set().union(*map(checked_text, texts)) - {_UNKNOWN}), special_tokens)
+        return cls(sorted(set().union(*map(checked_text, _several(texts))) - {_UNKNOWN}), special_tokens)
 
     def _encode_plain(self, text: str) -> list[int]:
         return [self._ids.get(character, 0) for character in text]
@@ -396,7 +440,7 @@ class WordTokenizer(BaseTokenizer):
         "Know the most frequent words; of equally frequent ones those that come first in the alphabet."
         if vocab_size <= len(special_tokens) + 1:
             raise InputError(f"vocab_size {vocab_size} leaves no room for words", fix=f"use more than {len(special_tokens) + 1}")
-        counts = Counter(word for text in texts for word in _WORDS.findall(checked_text(text)))
+        counts = Counter(word for text in _several(texts) for word in _WORDS.findall(checked_text(text)))
         ranked = sorted(counts, key=lambda word: (-counts[word], word))
         return cls(ranked[:vocab_size - len(special_tokens) - 1], special_tokens)
 
@@ -418,15 +462,16 @@ def _stored(
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the tokenizer: {error.strerror}", where=str(path), fix="was it saved there?") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error: # brackets in brackets in brackets …
         raise InputError(f"the tokenizer file is damaged: {error}", where=str(path)) from error
     if not isinstance(data, dict) or data.get("format") != _FORMAT:
         theirs = " (it looks like one of Hugging Face's)" if isinstance(data, dict) and "added_tokens" in data else ""
         what = f"this is no mmie tokenizer{theirs}"
         raise InputError(what, where=str(path), fix=f"give the folder that save wrote {FILE_NAME} to")
     version = data.get("version")
-    if isinstance(version, int) and version > _VERSION:
-        raise InputError(f"the tokenizer file has version {version}, newer than {_VERSION}", where=str(path), fix="update mmie")
+    if version != _VERSION:
+        fix = "update mmie" if isinstance(version, int) and version > _VERSION else None
+        raise InputError(f"the tokenizer file has version {version}, {'newer than' if fix else 'not'} {_VERSION}", where=str(path), fix=fix)
     return data
 
 # %% ../../nbs/11_tokenization.base.ipynb #1a6b0033
@@ -458,14 +503,16 @@ def load_tokenizer(
         raise InputError(f"the tokenizer file is damaged: {error}", where=str(path)) from error
 
 # %% ../../nbs/11_tokenization.base.ipynb #b1b71cc2
+_SIDES = ("left", "right")
+
 def truncate(
     ids: Sequence[int], # of one text
     length: int, # the most that may stay
     side: Literal["left", "right"] = "right", # where to cut
 ) -> list[int]:
-    "At most `length` ids."
-    if length < 0:
-        raise InputError(f"length {length} is negative")
+    "At most `length` ids. Raises `InputError` for a negative length, or another side."
+    if length < 0 or side not in _SIDES:
+        raise InputError(f"length {length} on side {side!r} is not possible", fix="use a length from 0, and left or right")
     return list(ids[:length]) if side == "right" else list(ids[max(0, len(ids) - length):])
 
 def pad(
@@ -474,7 +521,9 @@ def pad(
     length: int | None = None, # columns; None: those of the longest row
     side: Literal["left", "right"] = "right", # where to fill
 ) -> tuple[np.ndarray, np.ndarray]: # ids (rows, length) int64 and mask (rows, length) bool, True where an id is real
-    "One array from rows of different lengths. Raises `InputError` if a row is too long."
+    "One array from rows of different lengths. Raises `InputError` if a row is too long, or for another side."
+    if side not in _SIDES:
+        raise InputError(f"there is no side {side!r}", fix="use left or right")
     longest = max(map(len, rows), default=0)
     width = longest if length is None else length
     if longest > width:

@@ -119,7 +119,7 @@ class _Shelf(_Ordered[K, V]):
         if entry.size > self.max_bytes:
             self.evictions["too large"] += 1
             return
-        while (full := len(self.entries) >= self.max_entries) or self.bytes + entry.size > self.max_bytes:
+        while self.entries and ((full := len(self.entries) >= self.max_entries) or self.bytes + entry.size > self.max_bytes):
             self.drop(self.oldest(), "entries" if full else "bytes")
         entry.used, self.entries[key], self.bytes = self.now, entry, self.bytes + entry.size
 
@@ -152,7 +152,7 @@ def _memory_is_short(
     return bool(psutil.virtual_memory().percent >= 100 * limit)
 
 def memory_pressure(
-    limit: float = 0.9, # above 0, at most 1: the share of the machine's memory from which on it is short
+    limit: float = 0.9, # above 0, at most 1: memory is short when this share of the machine's is in use
 ) -> Callable[[], bool]: # for `LRUCache(pressure=…)`; can be pickled
     "A question: is most of the machine's memory in use? Raises `InputError` for a limit out of range."
     if not 0 < limit <= 1:
@@ -167,8 +167,10 @@ def _check_bounds(
     if bounds["max_entries"] is None and bounds["max_bytes"] is None:
         raise InputError("a cache without bounds grows until the machine gives up", fix="give max_entries or max_bytes")
     for name, bound in bounds.items():
-        if bound is not None and not 0 < bound < math.inf:
-            raise InputError(f"{name} is {bound}", fix="use a finite number above 0")
+        if bound is not None and not (isinstance(bound, (int, float)) and 0 < bound < math.inf):
+            raise InputError(f"{name} is {bound!r}", fix="use a finite number above 0")
+        if bound is not None and name != "ttl" and bound != int(bound):
+            raise InputError(f"{name} is {bound}", fix="use a whole number")
 
 # %% ../../nbs/12_tokenization.cache.ipynb #d533c5c1
 class _Guarded(Generic[K, V]):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import regex
 
 from ..core import InputError
-from .base import FILE_NAME, BaseTokenizer, Vocabulary
+from .base import FILE_NAME, BaseTokenizer, Vocabulary, _listed
 from .bpe import BPETokenizer
 from .splitting import GPT2_PATTERN, GPT4_PATTERN, O200K_PATTERN, covering
 
@@ -63,7 +63,17 @@ def _confirm(
     if encode(probe) != tokenizer.encode(probe):
         raise InputError(f"{name} would give other ids for some texts", fix="its engine reads the pattern, or the merges, in another way")
 
-# %% ../../nbs/16_tokenization.interchange.ipynb #5de804cc
+# %% ../../nbs/16_tokenization.interchange.ipynb #3b1943f1
+def _confirm_special(
+    tokenizer: BPETokenizer, # ours
+    theirs: "Encoding", # of tiktoken
+) -> None:
+    "Look for each special token. Raises `InputError` for one in which tiktoken finds another."
+    for name, i in tokenizer.special_tokens.items():
+        if theirs.encode(name, allowed_special="all") != [i]:
+            raise InputError(f"tiktoken does not find the special token {name!r}, another one is inside of it", fix="rename one of them")
+
+# %% ../../nbs/16_tokenization.interchange.ipynb #e65f3950
 def to_tiktoken(
     tokenizer: BPETokenizer, # ours
 ) -> "Encoding": # equal ids
@@ -82,6 +92,7 @@ def to_tiktoken(
     except ValueError as error:
         raise InputError(f"tiktoken can't use the split pattern: {error}", where=tokenizer.pattern) from error
     _confirm(tokenizer, theirs.encode_ordinary, "tiktoken")
+    _confirm_special(tokenizer, theirs)
     return theirs
 
 # %% ../../nbs/16_tokenization.interchange.ipynb #1c4b8a81
@@ -213,6 +224,7 @@ def from_tiktoken(
     pattern = _SPELLINGS.get(pattern, pattern.removesuffix(_REST))
     ours = _assemble(ranks, None, pattern, special)
     _confirm(ours, encoding.encode_ordinary, "tiktoken")
+    _confirm_special(ours, encoding)
     return ours
 
 # %% ../../nbs/16_tokenization.interchange.ipynb #c26a15c5
@@ -246,7 +258,7 @@ def _contents(
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the tokenizer: {error.strerror}", where=str(path)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"the file is damaged, or no JSON: {error}", where=str(path)) from error
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
         raise InputError("this is no tokenizer.json: it has no model", where=str(path))
@@ -596,7 +608,7 @@ class WordPieceTokenizer(BaseTokenizer):
             start += size
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes: # pieces of a word joined, words with spaces between them
-        rows = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        rows = _listed(ids)
         return super().decode_bytes(rows[:1]) + self._later.decode_bytes(rows[1:])
 
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str: # as of any other tokenizer
@@ -797,7 +809,7 @@ class UnigramTokenizer(BaseTokenizer):
         return spans
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes: # the ▁ of the first token stands for nothing
-        rows = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        rows = _listed(ids)
         return super().decode_bytes(rows[:1]) + self._later.decode_bytes(rows[1:])
 
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str: # as of any other tokenizer

@@ -14,7 +14,20 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from tqdm import tqdm
 
-# %% ../../nbs/14_tokenization.merges.ipynb #ff73669d
+from ..core import InputError
+from .base import checked_text
+
+# %% ../../nbs/14_tokenization.merges.ipynb #d155c04d
+def _whole_numbers(
+    counts: Mapping[str, int], # chunk → how often it occurs
+) -> np.ndarray: # (chunks,) int64
+    "The counts as an array. Raises `InputError` if one isn't a whole number from 0 to 2⁶³ − 1."
+    for chunk, count in counts.items():
+        if not isinstance(count, (int, np.integer)) or not 0 <= count < 1 << 63:
+            raise InputError(f"the count of {chunk[:40]!r} is {count!r}", fix="use whole numbers, 0 or more")
+    return np.fromiter(counts.values(), dtype=np.int64, count=len(counts))
+
+# %% ../../nbs/14_tokenization.merges.ipynb #592e34db
 class _Row(NamedTuple):
     "All chunks side by side, changed in place by merges."
     symbols: np.ndarray # (n,) int32: at a token's first and last byte its id; −1 between chunks, −2 where a token began that is gone
@@ -27,13 +40,17 @@ def _row(
     counts: Mapping[str, int], # chunk → how often it occurs
     n_merges: int, # the most that will be made
 ) -> _Row:
-    "Lay chunks side by side."
-    chunks = [(chunk.encode(), count) for chunk, count in counts.items()]
-    room = np.array([len(chunk) + 1 for chunk, _ in chunks], dtype=np.int64)
-    row = b"\0".join([b"", *(chunk for chunk, _ in chunks), b""])
-    symbols = np.frombuffer(row, dtype=np.uint8).astype(np.int32)
+    "Lay chunks side by side. Raises `InputError` for chunks and counts that can't be added up."
+    try:
+        chunks = [chunk.encode() for chunk in counts]
+    except (UnicodeEncodeError, AttributeError): # say which
+        chunks = [checked_text(chunk).encode() for chunk in counts]
+    room = np.array([len(chunk) + 1 for chunk in chunks], dtype=np.int64)
+    symbols = np.frombuffer(b"\0".join([b"", *chunks, b""]), dtype=np.uint8).astype(np.int32)
     symbols[np.concatenate(([0], np.cumsum(room)))] = -1
-    weights = np.concatenate(([0], np.repeat(np.array([count for _, count in chunks], dtype=np.int64), room)))
+    weights = np.concatenate(([0], np.repeat(_whole_numbers(counts), room)))
+    if weights.sum(dtype=np.float64) >= 1 << 62:
+        raise InputError("the counts are too large to be added up", fix="divide all of them by the same number")
     arrays = symbols, weights, symbols >= 0, np.ones(256 + n_merges, dtype=np.int64)
     return _Row(*arrays, tuple(array.data for array in arrays))
 
@@ -214,7 +231,10 @@ def learn_merges(
     n_merges: int, # how many to learn
     progress: bool = False, # show a bar
 ) -> list[tuple[int, int]]: # pairs of ids; the first makes id 256. Fewer if nothing is left to merge
-    "Byte-pair encoding's training (Sennrich et al. 2016). Independent of the order of the chunks."
+    "Byte-pair encoding's training (Sennrich et al. 2016), whatever the order of the chunks. Raises `InputError` for impossible counts."
+    if n_merges < 0:
+        raise InputError(f"{n_merges} merges can't be learned", fix="use 0 or more")
+    n_merges = min(n_merges, sum(map(len, counts)) * 4) # a character has at most four bytes
     row = _row(counts, n_merges)
     candidates = _Candidates(row)
     merges: list[tuple[int, int]] = []

@@ -282,6 +282,10 @@ def _read_plan(
         raise InputError("this is no plan of shards", where=str(path), fix="use another folder")
     if plan.get("version") != _VERSION:
         raise InputError(f"the plan has version {plan.get('version')}, not {_VERSION}", where=str(path), fix="update mmie")
+    job, listed = plan.get("job"), all(isinstance(plan.get(key), list) for key in ("sources", "shards"))
+    needed = {"kind", "shard_bytes"} | ({"tokenizer", "dtype", "eos_id"} if isinstance(job, dict) and job.get("kind") == "ids" else set())
+    if not listed or not isinstance(job, dict) or not needed <= set(job):
+        raise InputError("the plan is damaged: something is missing", where=str(path), fix="use another folder")
     return plan
 
 # %% ../../nbs/18_tokenization.scale.ipynb #2e46f802
@@ -462,6 +466,8 @@ def _sources(
     for item in everything:
         if isinstance(item, Document):
             raise InputError("files and documents are mixed", fix="give one or the other")
+        if folder.resolve().is_relative_to(Path(item).resolve()): # the log of one run would be the text of the next
+            raise InputError("the shards would lie among their own sources", where=str(folder), fix="use a folder outside of the corpus")
         for name, path in _text_files(Path(item)):
             files.setdefault(path.resolve(), (name, path))
     return {path: name for name, path in files.values()}
@@ -507,7 +513,7 @@ def _run(
     progress: bool, # show a bar
 ) -> int: # how many shards there are
     "Plan, compare with an earlier run, do what is missing."
-    if shard_bytes < 1:
+    if not isinstance(shard_bytes, int) or shard_bytes < 1:
         raise InputError(f"shard_bytes={shard_bytes} is not possible", fix="use some millions")
     execute = _executor(workers)
     with _writing(folder):
@@ -624,7 +630,7 @@ def encode_shards(
     progress: bool = False, # show a bar
 ) -> ShardSet: # the same bytes, whatever the workers and the interruptions
     "Tokenize a corpus into files. Raises `InputError` for bad input, a full disk, or a folder of something else."
-    if eos_id is not None and not 0 <= eos_id < tokenizer.vocab_size:
+    if eos_id is not None and not (type(eos_id) is int and 0 <= eos_id < tokenizer.vocab_size):
         raise InputError(f"eos_id {eos_id} is not a token", fix=f"ids go from 0 to {tokenizer.vocab_size - 1}")
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     job = {"kind": "ids", "tokenizer": tokenizer.fingerprint, "dtype": dtype, "eos_id": eos_id}
@@ -641,7 +647,12 @@ def shard_timeline(
         lines = (Path(folder) / "runs.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise InputError("no log of runs here", where=str(folder), fix="give a folder that encode_shards wrote") from error
-    entries = [json.loads(line) for line in lines if line.endswith("}")] # the last line may be torn
+    try:
+        entries = [json.loads(line) for line in lines if line.endswith("}")] # the last line may be torn
+    except ValueError as error:
+        raise InputError(f"the log is damaged: {error}", where=str(folder), fix="delete runs.jsonl, nothing depends on it") from error
+    if not entries:
+        raise InputError("the log of runs is empty", where=str(folder), fix="there's something to see when a shard is done")
     runs = list(dict.fromkeys(entry["run"] for entry in entries))
     rows = list(dict.fromkeys((entry["run"], entry["worker"]) for entry in entries))
     fig, ax = figure(width=9, height=0.45 * len(rows) + 1)

@@ -36,8 +36,9 @@ O200K_PATTERN = "|".join([
     r"""\p{N}{1,3}""", r""" ?[^\s\p{L}\p{N}]+[\r\n/]*""", r"""\s*[\r\n]+""", r"""\s+(?!\S)""", r"""\s+""",
 ])
 
-# %% ../../nbs/13_tokenization.splitting.ipynb #436a11a5
+# %% ../../nbs/13_tokenization.splitting.ipynb #91486107
 _KNOWN = (GPT2_PATTERN, GPT4_PATTERN, O200K_PATTERN)
+_PROBE = "".join(map(chr, range(9, 127)))
 
 def covering(
     pattern: str, # how to cut text
@@ -51,7 +52,11 @@ def covering(
         raise InputError(f"the split pattern is not valid: {error}", where=pattern) from error
     if groups:
         raise InputError("the split pattern has a capturing group", where=pattern, fix="write (?:…) instead of (…)")
-    return rf"{pattern}|[\s\S]"
+    covered = rf"{pattern}|[\s\S]"
+    pieces = regex.findall(covered, _PROBE)
+    if "".join(pieces) != _PROBE or "" in pieces:
+        raise InputError("the split pattern cuts text into pieces that don't add up, or are empty", where=pattern)
+    return covered
 
 # %% ../../nbs/13_tokenization.splitting.ipynb #6d9f8b14
 _ASCII = {"L": "a-zA-Z", "N": "0-9", "Lu": "A-Z", "Ll": "a-z", "Lt": "", "Lm": "", "Lo": "", "M": ""}
@@ -84,7 +89,7 @@ END, LETTER, DIGIT, SIGN, SPACE, NEWLINE, ALONE, SPACED = range(8) # kinds of ru
 
 @functools.lru_cache
 def _kinds() -> np.ndarray: # (0x110000,) uint8: the kind of each code point
-    "What the regex package takes each character for. Halves of characters, which no text has, mark the END of one."
+    "What the regex package takes each character for. Halves of characters (surrogates), which no text has, mark the END of one."
     points = np.r_[0:0xD800, 0xE000:0x110000].astype("<u4")
     everything = points.tobytes().decode("utf-32-le")
     table = np.full(0x110000, SIGN, dtype=np.uint8)
@@ -152,8 +157,9 @@ def _mark_thirds(
     size: np.ndarray, # their lengths
 ) -> None:
     "A chunk of digits ends after three."
-    for at in range(3, int(size.max(initial=0)), 3):
-        starts[begin[size > at] + at] = True
+    begin, more = begin[size > 3], (size[size > 3] - 1) // 3 # how many starts each run gains
+    nth = np.arange(1, more.sum() + 1) - np.repeat(np.cumsum(more) - more, more) # 1, 2, 3 … in each run
+    starts[np.repeat(begin, more) + 3 * nth] = True
 
 def _mark_contractions(
     starts: np.ndarray, # bool per character: corrected
@@ -165,7 +171,7 @@ def _mark_contractions(
     "'s, 'd, 'm, 't, 'll, 've and 're are chunks: the letters behind them start another."
     one, two = points[at], points[np.minimum(at + 1, len(points) - 1)]
     if any_case:
-        one, two = one | 32, two | 32
+        one, two = (np.where(letter < 128, letter | 32, letter) for letter in (one, two)) # small letters; ASCII only
     short = np.isin(one, [*b"sdmt", *[0x17F] * any_case]) # U+017F, the long s, is an s to those who ignore case
     long = (size > 1) & (((one == ord("l")) & (two == ord("l"))) | (((one == ord("v")) | (one == ord("r"))) & (two == ord("e"))))
     length = np.where(short, 1, np.where(long, 2, 0))
@@ -173,15 +179,36 @@ def _mark_contractions(
     behind = (length > 0) & (size > length)
     starts[at[behind] + length[behind]] = True
 
-# %% ../../nbs/13_tokenization.splitting.ipynb #c466cd1e
+# %% ../../nbs/13_tokenization.splitting.ipynb #71e4714d
+def _name_signs(
+    points: np.ndarray, # the text's code points
+    begin: np.ndarray, # of the runs
+    end: np.ndarray, # of the runs
+    padded: np.ndarray, # their kinds, with two before and one behind; gains ALONE and SPACED
+    gpt4: bool, # in GPT-2's pattern all but spaces can be SPACED, and nothing is ALONE
+) -> np.ndarray: # the runs that are a lone apostrophe before letters
+    "Tell special signs from others."
+    run = padded[2:-1]
+    signs = np.flatnonzero(run == SIGN if gpt4 else (run != SPACE) & (run != END))
+    spaced = (points[begin[signs] - 1] == ord(" ")) & (begin[signs] > 0)
+    alone = (end[signs] - begin[signs] == 1) & (run[signs] == SIGN)
+    quotes = signs[alone & ~spaced]
+    quotes = quotes[(padded[3:][quotes] == LETTER) & (points[begin[quotes]] == ord("'"))]
+    run[signs] = np.where(spaced, SPACED, np.where(alone & gpt4, ALONE, run[signs]))
+    return quotes
+
+# %% ../../nbs/13_tokenization.splitting.ipynb #c783e493
 def chunk_starts(
     points: np.ndarray, # (n,) code points of a text, or the bytes of an ASCII text
     kinds: np.ndarray, # (n,) uint8: their kinds; END separates texts
     pattern: str = GPT4_PATTERN, # or GPT2_PATTERN
 ) -> np.ndarray: # int64: where chunks start, in characters
-    "Cut a text without walking through it."
+    "Cut a text without walking through it. Raises `InputError` for a pattern that has no rule."
     rules, n = _rules(pattern), len(points)
-    assert rules is not None and n
+    if rules is None:
+        raise InputError("this pattern isn't written as a rule about runs", where=pattern, fix="use `splitter`")
+    if not n:
+        return np.zeros(0, dtype=np.int64)
     if not rules.gpt4:
         kinds = np.where(kinds == NEWLINE, SPACE, kinds)
     begin = np.concatenate(([0], np.flatnonzero(kinds[1:] != kinds[:-1]) + 1))
@@ -189,13 +216,7 @@ def chunk_starts(
     padded = np.zeros(len(begin) + 3, dtype=np.uint16) # two runs before the first and one behind the last: END
     run = padded[2:-1]
     run[:] = kinds[begin]
-    signs = np.flatnonzero(run == SIGN if rules.gpt4 else (run != SPACE) & (run != END))
-    spaced = (points[begin[signs] - 1] == ord(" ")) & (begin[signs] > 0)
-    alone = (end[signs] - begin[signs] == 1) & (run[signs] == SIGN)
-    letters_next = padded[3:] == LETTER
-    quotes = signs[alone & ~spaced]
-    quotes = quotes[letters_next[quotes] & (points[begin[quotes]] == ord("'"))]
-    run[signs] = np.where(spaced, SPACED, np.where(alone & rules.gpt4, ALONE, run[signs]))
+    quotes = _name_signs(points, begin, end, padded, rules.gpt4)
     case = padded[:-3] | padded[1:-2] << 3 | run << 6 | padded[3:] << 9
     starts = np.zeros(n, dtype=bool)
     starts[begin[rules.first[case]]] = True
@@ -224,14 +245,6 @@ def _parts(
     yield text[at:]
 
 # %% ../../nbs/13_tokenization.splitting.ipynb #bb0f2ed7
-@dataclass(frozen=True, slots=True)
-class ChunkBlock:
-    "Texts, or parts of texts, cut into chunks."
-    data: bytes # UTF-8, with separators between the parts
-    starts: np.ndarray # (chunks,) int64: where each chunk begins in it
-    sizes: np.ndarray # (chunks,) int64: its length in bytes
-    ends: np.ndarray # (parts,) int64: how many chunks there are up to the end of each part
-
 def _ascii_block(
     parts: Sequence[str], # all of them ASCII
 ) -> tuple[bytes, np.ndarray, np.ndarray]: # data, code points, kinds
@@ -248,6 +261,15 @@ def _unicode_block(
     joined = "\ud800".join(parts)
     points = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), dtype="<u4")
     return joined.encode("utf-8", "surrogatepass"), points, _kinds()[points]
+
+# %% ../../nbs/13_tokenization.splitting.ipynb #8c2fe40c
+@dataclass(frozen=True, slots=True)
+class ChunkBlock:
+    "Texts, or parts of texts, cut into chunks."
+    data: bytes # UTF-8, with separators between the parts
+    starts: np.ndarray # (chunks,) int64: where each chunk begins in it
+    sizes: np.ndarray # (chunks,) int64: its length in bytes
+    ends: np.ndarray # (parts,) int64: how many chunks there are up to the end of each part
 
 def cut_block(
     parts: Sequence[str], # any texts
@@ -287,6 +309,59 @@ def chunk_keys(
     return np.stack((low, high | sizes.astype(np.uint64) << np.uint64(56)))
 
 # %% ../../nbs/13_tokenization.splitting.ipynb #9b6a52a7
+def _first_choice(
+    keys: np.ndarray, # (2, n) uint64
+    bits: int, # of a slot's number
+) -> np.ndarray: # (n,) int64
+    "Where to look for a key first."
+    mixed = keys[0] * np.uint64(0x9E3779B97F4A7C15) ^ keys[1] * np.uint64(0xC2B2AE3D27D4EB4F)
+    mixed = (mixed ^ mixed >> np.uint64(29)) * np.uint64(0xBF58476D1CE4E5B9)
+    return (mixed >> np.uint64(64 - bits)).astype(np.int64)
+
+# %% ../../nbs/13_tokenization.splitting.ipynb #305e12e0
+class _Slots:
+    "A hash table with room for numbered keys: slots are tried in order, by all keys at once."
+    def __init__(
+        self,
+        bits: int, # it has 2**bits slots; one must stay free
+    ) -> None:
+        self.bits = bits
+        self.low, self.high = np.zeros((2, 1 << bits), dtype=np.uint64) # each slot's key
+        self.number = np.full(1 << bits, -1, dtype=np.int32) # and the number of its chunk; -1: free
+
+    def claim(
+        self,
+        keys: np.ndarray, # (2, n) uint64: all different, none of them here
+        numbers: np.ndarray, # (n,) theirs
+    ) -> None:
+        "Put keys in."
+        slots = _first_choice(keys, self.bits)
+        while len(numbers):
+            free = self.number[slots] < 0
+            self.number[slots[free]] = numbers[free]
+            won = self.number[slots] == numbers
+            self.low[slots[won]], self.high[slots[won]] = keys[:, won]
+            keys, numbers, slots = keys[:, ~won], numbers[~won], slots[~won] + 1 & (1 << self.bits) - 1
+
+# %% ../../nbs/13_tokenization.splitting.ipynb #71eaf593
+def _look_up(
+    table: _Slots, # not full
+    keys: np.ndarray, # (2, n) uint64
+) -> np.ndarray: # (n,) int32: the numbers; -1: not there
+    "Follow each key from slot to slot."
+    slots = _first_choice(keys, table.bits)
+    numbers = table.number[slots]
+    right = (table.low[slots] == keys[0]) & (table.high[slots] == keys[1])
+    left = np.flatnonzero(~right & (numbers >= 0)) # somebody else is there
+    slots = slots[left]
+    while len(left):
+        slots = slots + 1 & (1 << table.bits) - 1
+        numbers[left] = found = table.number[slots]
+        again = (found >= 0) & ((table.low[slots] != keys[0, left]) | (table.high[slots] != keys[1, left]))
+        left, slots = left[again], slots[again]
+    return numbers
+
+# %% ../../nbs/13_tokenization.splitting.ipynb #ca44d74c
 class KeyTable:
     "Different short chunks, numbered in the order they are added: a hash table that looks up whole arrays."
     def __init__(
@@ -294,36 +369,17 @@ class KeyTable:
         bits: int = 12, # it has 2**bits slots, and more when it gets full
     ) -> None:
         self.keys = np.zeros((2, 0), dtype=np.uint64) # of chunk 0, 1, 2 …
-        self._clear(bits)
+        self._slots = _Slots(bits)
 
     def __len__(self) -> int:
         return self.keys.shape[1]
-
-    def _clear(self, bits: int) -> None:
-        self._bits = bits
-        self._low, self._high = np.zeros((2, 1 << bits), dtype=np.uint64) # each slot's key
-        self._number = np.full(1 << bits, -1, dtype=np.int32) # and the number of its chunk; -1: free
-
-    def _slots(self, keys: np.ndarray) -> np.ndarray:
-        mixed = keys[0] * np.uint64(0x9E3779B97F4A7C15) ^ keys[1] * np.uint64(0xC2B2AE3D27D4EB4F)
-        mixed = (mixed ^ mixed >> np.uint64(29)) * np.uint64(0xBF58476D1CE4E5B9)
-        return (mixed >> np.uint64(64 - self._bits)).astype(np.int64)
 
     def find(
         self,
         keys: np.ndarray, # (2, n) uint64
     ) -> np.ndarray: # (n,) int32: the chunks' numbers; -1: not there
         "Look up many chunks."
-        slots = self._slots(keys)
-        numbers = self._number[slots]
-        right = (self._low[slots] == keys[0]) & (self._high[slots] == keys[1])
-        left = np.flatnonzero(~right & (numbers >= 0))
-        while len(left):
-            slots = (slots[left] if len(slots) == len(keys[0]) else slots) + 1 & (1 << self._bits) - 1
-            numbers[left] = found = self._number[slots]
-            again = (found >= 0) & ((self._low[slots] != keys[0, left]) | (self._high[slots] != keys[1, left]))
-            left, slots = left[again], slots[again]
-        return numbers
+        return _look_up(self._slots, keys)
 
     def add(
         self,
@@ -333,21 +389,11 @@ class KeyTable:
         order = np.lexsort(keys)
         new = np.ones(len(order), dtype=bool)
         new[1:] = (np.diff(keys[:, order]) != 0).any(axis=0)
+        known = len(self)
         self.keys = np.concatenate((self.keys, keys[:, order[new]]), axis=1)
-        known = len(self) - int(new.sum())
-        if 2 * len(self) > 1 << self._bits:
-            self._clear((4 * len(self)).bit_length())
-            known = 0
-        self._claim(np.arange(known, len(self)))
-
-    def _claim(self, numbers: np.ndarray) -> None:
-        slots = self._slots(self.keys[:, numbers])
-        while len(numbers):
-            free = self._number[slots] < 0
-            self._number[slots[free]] = numbers[free]
-            won = self._number[slots] == numbers
-            self._low[slots[won]], self._high[slots[won]] = self.keys[:, numbers[won]]
-            numbers, slots = numbers[~won], slots[~won] + 1 & (1 << self._bits) - 1
+        if 2 * len(self) > 1 << self._slots.bits:
+            self._slots, known = _Slots((4 * len(self)).bit_length()), 0
+        self._slots.claim(self.keys[:, known:], np.arange(known, len(self)))
 
 # %% ../../nbs/13_tokenization.splitting.ipynb #b665e1fb
 def key_bytes(
@@ -377,6 +423,7 @@ def gather(
     if parts:
         yield owners, parts
 
+# %% ../../nbs/13_tokenization.splitting.ipynb #7f6e5fb0
 def _count_in_arrays(
     pattern: str, # one that has a rule
     texts: Iterable[str], # read once
@@ -412,7 +459,7 @@ def _count_share(
     if has_rule(pattern):
         return _count_in_arrays(pattern, texts)
     split = splitter(pattern)
-    return Counter(itertools.chain.from_iterable(map(split, texts)))
+    return Counter(itertools.chain.from_iterable(map(split, map(checked_text, texts))))
 
 def count_chunks(
     texts: Iterable[str], # read once, may be a generator
@@ -420,13 +467,13 @@ def count_chunks(
     workers: int = 1, # processes
     progress: bool = False, # show a bar
 ) -> Counter[str]: # chunk → how often it occurs
-    "Cut texts and count the chunks: the only step of training that sees all of the text. Raises `InputError` for a single string."
-    if isinstance(texts, str):
+    "Cut texts and count the chunks: the only step of training that sees all text. Raises `InputError` for what is no text, or only one."
+    if isinstance(texts, (str, bytes)):
         raise InputError("expected several texts, got one", fix="pass [text]")
-    with tqdm(desc="count chunks", unit="B", unit_scale=True, disable=not progress) as bar:
+    with tqdm(desc="count chunks", unit=" characters", unit_scale=True, disable=not progress) as bar:
         def seen() -> Iterator[str]:
             for text in texts:
-                yield text
+                yield text if isinstance(text, str) else checked_text(text)
                 bar.update(len(text))
         if workers <= 1:
             return _count_share(pattern, seen())
