@@ -207,7 +207,7 @@ class _TextAndStep:
 
     @step.setter
     def step(self, step: int) -> None:
-        if not 0 <= step <= self.steps:
+        if not isinstance(step, int) or not 0 <= step <= self.steps:
             raise InputError(f"there is no step {step}", fix=f"this text has the steps 0 to {self.steps}")
         self._step = step
         for listener in self.listeners:

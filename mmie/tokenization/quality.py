@@ -221,7 +221,9 @@ def _last_pair(
 def _merge_tree(
     tokenizer: BPETokenizer, # ours, or one read from elsewhere
 ) -> dict[int, tuple[int, int]]: # token → the two tokens it is made of, in the order of the merges
-    "What each merge makes. Of several merges for one token, the one that fires."
+    "What each merge makes. Of several merges for one token, the one that fires. Raises `InputError` for a tokenizer without merges."
+    if not isinstance(tokenizer, BPETokenizer):
+        raise InputError(f"expected a BPETokenizer, got {type(tokenizer).__name__}", fix="only BPE has merges to count or to leave out")
     special = set(tokenizer.special_tokens.values())
     table = {i: data for i, data in _token_bytes(tokenizer).items() if i not in special}
     ids = {data: i for i, data in table.items()}
@@ -241,8 +243,8 @@ def merge_firings(
     counts: np.ndarray, # (vocab_size,) of the finished tokens, as `token_counts` gives them, or weighted
 ) -> np.ndarray: # (vocab_size,) int64, or float64 for weights that aren't whole
     "How often each token was made while encoding, also those that were merged further. For a byte: how often it is in the text."
-    if len(counts) != tokenizer.vocab_size:
-        raise InputError(f"{len(counts)} counts for {tokenizer.vocab_size} tokens", fix="count with the same tokenizer")
+    if np.shape(counts) != (tokenizer.vocab_size,):
+        raise InputError(f"{' x '.join(map(str, np.shape(counts)))} counts for {tokenizer.vocab_size} tokens", fix="count with the same tokenizer")
     fires, tree, table = np.asarray(counts).tolist(), _merge_tree(tokenizer), _token_bytes(tokenizer)
     for made in sorted(tree, key=lambda i: -len(table[i])):
         for part in tree[made]:
@@ -555,7 +557,7 @@ class PrunedTokenizer:
         texts: Iterable[str], # best: texts that had no part in the choice
     ) -> Reencoding:
         "Encode texts with both. Raises `AssertionError` if a text doesn't come back."
-        rows = list(texts)
+        rows = texts if isinstance(texts, str) else list(texts)
         old, new = _encoded(self.original, rows), _encoded(self.tokenizer, rows)
         for text, ids in zip(rows, new, strict=True):
             if self.tokenizer.decode_bytes(ids) != text.encode("utf-8"):
