@@ -6,17 +6,21 @@ import signal
 import threading
 import warnings
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import regex
 import rustbpe
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from mmie.core import InputError
 from mmie.measure import peak_memory
-from mmie.tokenization.base import BaseTokenizer, ByteTokenizer, CharacterTokenizer, WordTokenizer, check_tokenizer
+from mmie.tokenization.base import FILE_NAME, BaseTokenizer, ByteTokenizer, CharacterTokenizer, WordTokenizer, check_tokenizer, load_tokenizer
 from mmie.tokenization.bpe import BPETokenizer
 from mmie.tokenization.corpora import python_docs
 from mmie.tokenization.quality import prune
@@ -245,3 +249,28 @@ def test_a_very_long_word_is_no_weapon(tokenizer: BPETokenizer) -> None:
 def test_training_takes_less_than_ten_times_the_text() -> None:
     texts = [document.text for document in python_docs(["python", "torch", "numpy"])]
     assert peak_memory(lambda: BPETokenizer.train(texts, 2000)).bytes < 10 * sum(len(text.encode()) for text in texts)
+
+
+@pytest.mark.parametrize("mistake", [
+    lambda tokenizer: tokenizer.decode(65), lambda tokenizer: tokenizer.decode([65.0]), lambda tokenizer: tokenizer.decode([65.0] * 100),
+    lambda tokenizer: ByteTokenizer("<end>"), lambda tokenizer: ByteTokenizer().encode_batch("one text"), lambda tokenizer: WordTokenizer.train("one text", 9),
+    lambda tokenizer: BPETokenizer([], special_tokens={"<a>": -1}), lambda tokenizer: BPETokenizer([], special_tokens={"<a>": 300, "<b>": 300}),
+    lambda tokenizer: prune(ByteTokenizer(), ["text"], vocab_size=256), lambda tokenizer: tokenizer.save(os.devnull),
+    lambda tokenizer: BPETokenizer([], special_tokens=["<a", "<a>", "<a>b"]).to_tiktoken(),
+], ids=["one id", "float", "floats", "one special token", "one text", "one text to learn", "negative id", "same id", "no merges", "no folder", "name in a name"])
+def test_a_mistake_is_one_line(tokenizer: BPETokenizer, mistake: Callable[[BPETokenizer], object]) -> None:
+    with pytest.raises(InputError):
+        mistake(tokenizer)
+
+
+def test_a_file_of_brackets_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_text("[" * 100_000)
+    with pytest.raises(InputError, match="damaged"):
+        load_tokenizer(tmp_path)
+
+
+def test_ids_may_be_numbers_of_any_library(tokenizer: BPETokenizer) -> None:
+    for text in ("short é", "long é " * 50):
+        ids = tokenizer.encode(text)
+        for same in (np.array(ids, np.uint16), torch.tensor(ids), [np.int64(i) for i in ids], list(torch.tensor(ids)), iter(ids)):
+            assert tokenizer.decode(same) == text
