@@ -244,7 +244,7 @@ def merge_firings(
 ) -> np.ndarray: # (vocab_size,) int64, or float64 for weights that aren't whole
     "How often each token was made while encoding, also those that were merged further. For a byte: how often it is in the text."
     if np.shape(counts) != (tokenizer.vocab_size,):
-        raise InputError(f"{' x '.join(map(str, np.shape(counts)))} counts for {tokenizer.vocab_size} tokens", fix="count with the same tokenizer")
+        raise InputError(f"counts of shape {np.shape(counts)} for {tokenizer.vocab_size} tokens", fix="count with the same tokenizer")
     fires, tree, table = np.asarray(counts).tolist(), _merge_tree(tokenizer), _token_bytes(tokenizer)
     for made in sorted(tree, key=lambda i: -len(table[i])):
         for part in tree[made]:
