@@ -10,6 +10,7 @@ import functools
 import heapq
 import importlib
 import itertools
+import operator
 import os
 import pickle
 import threading
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from ..core import InputError
-from .base import AllowedSpecial, BaseTokenizer, checked_text, map_in_processes
+from .base import AllowedSpecial, BaseTokenizer, Vocabulary, _several, checked_text, map_in_processes
 from .cache import LRUCache
 from .merges import learn_merges
 from mmie.tokenization.splitting import (
@@ -336,8 +337,8 @@ def _adopt(
 ) -> tuple[dict[int, bytes], _Ranks]: # what each id stands for, and how to merge
     "Any numbering. Raises `InputError` for a vocabulary that can't encode every text, or merges it doesn't have."
     tokens = {i: token for token, i in vocabulary.items()}
-    if len(tokens) < len(vocabulary) or not all(type(i) is int and 0 <= i < 1 << 31 for i in tokens):
-        raise InputError("ids of a vocabulary must be different whole numbers from 0")
+    if len(tokens) < len(vocabulary) or not all(type(i) is int and 0 <= i < 1 << 31 for i in tokens) or b"" in vocabulary:
+        raise InputError("a vocabulary needs tokens that aren't empty, and different whole numbers from 0 as their ids")
     if lost := [value for value in range(256) if bytes([value]) not in vocabulary]:
         raise InputError(f"the vocabulary has no token for byte 0x{lost[0]:02x}", fix="all 256 bytes are needed to encode any text")
     byte_ids = [vocabulary[bytes([value])] for value in range(256)]
@@ -347,28 +348,34 @@ def _adopt(
         halves = ((i, tokens[i][:at], tokens[i][at:]) for i in order for at in range(1, len(tokens[i])))
         made = {(vocabulary[a], vocabulary[b]): rank[i] for i, a, b in halves if a in vocabulary and b in vocabulary}
         return tokens, _Ranks(byte_ids, made, order)
-    results = [vocabulary.get(tokens.get(first, b"") + tokens.get(second, b""), -1) for first, second in merges]
+    results = [vocabulary.get(tokens[a] + tokens[b], -1) if a in tokens and b in tokens else -1 for a, b in merges]
     if -1 in results:
         at = results.index(-1)
         raise InputError(f"merge {tuple(merges[at])} makes a token that the vocabulary doesn't have", where=f"merge {at}")
     return tokens, _Ranks(byte_ids, {pair: rank for rank, pair in reversed(list(enumerate(merges)))}, results)
 
 # %% ../../nbs/15_tokenization.bpe.ipynb #932dc190
-def _learn_exactly(
-    counts: Mapping[str, int], # chunk → how often it occurs
+def _n_merges(
     vocab_size: int, # of the whole tokenizer
     n_special: int, # special tokens in it
-    progress: bool, # show a bar
-) -> list[tuple[int, int]]: # vocab_size − 256 − n_special merges
-    "Merges that fill a vocabulary. Raises `InputError` if its size is impossible, or the text too short for it."
-    n_merges = vocab_size - 256 - n_special
-    if n_merges < 0 or vocab_size > 1 << 24:
+) -> int: # merges that fill it
+    "What is left for merges. Raises `InputError` if the size is impossible."
+    if type(vocab_size) is not int or not 256 + n_special <= vocab_size <= 1 << 24:
         least = f"256 bytes and {n_special} special tokens need {256 + n_special}"
-        raise InputError(f"vocab_size {vocab_size} is out of range", fix=f"{least}, the most is {1 << 24}")
+        raise InputError(f"vocab_size {vocab_size!r} is out of range", fix=f"{least}, the most is {1 << 24}")
+    return vocab_size - 256 - n_special
+
+def _learn_exactly(
+    counts: Mapping[str, int], # chunk → how often it occurs
+    n_merges: int, # how many there must be
+    n_special: int, # special tokens of the tokenizer, for the error
+    progress: bool, # show a bar
+) -> list[tuple[int, int]]: # n_merges of them
+    "Merges that fill a vocabulary. Raises `InputError` if the text is too short for so many."
     merges = learn_merges(counts, n_merges, progress)
     if len(merges) < n_merges:
-        enough = 256 + len(merges) + n_special
-        raise InputError(f"too little text for {vocab_size} tokens", fix=f"give more text, or vocab_size at most {enough}")
+        short = f"too little text for {256 + n_merges + n_special} tokens"
+        raise InputError(short, fix=f"give more text, or vocab_size at most {256 + len(merges) + n_special}")
     return merges
 
 # %% ../../nbs/15_tokenization.bpe.ipynb #58277b05
@@ -452,6 +459,15 @@ class _Exchange:
         return importlib.import_module(_INTERCHANGE).to_hf(self)
 
 # %% ../../nbs/15_tokenization.bpe.ipynb #4fb6f2cc
+def _pairs_of(
+    merges: Iterable[Iterable[int]], # pairs of ids, also from numpy
+) -> list[tuple[int, int]]: # of plain numbers
+    "Merges as pairs. Raises `InputError` for anything else."
+    try:
+        return [(operator.index(first), operator.index(second)) for first, second in merges]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"merges must be pairs of ids: {error}") from error
+
 def _as_json(
     pairs: Sequence[tuple[int, int]] | None, # merges
     vocabulary: Mapping[bytes, int] | None, # for ids of others
@@ -478,7 +494,7 @@ class BPETokenizer(_Exchange, BaseTokenizer):
     ) -> None:
         if merges is None and vocabulary is None:
             raise InputError("a tokenizer needs merges or a vocabulary", fix="use BPETokenizer.train to learn merges from texts")
-        pairs = None if merges is None else [(first, second) for first, second in merges]
+        pairs = None if merges is None else _pairs_of(merges)
         tokens, ranks = _spell_out(pairs or ()) if vocabulary is None else _adopt(pairs, vocabulary)
         super().__init__(tokens, special_tokens)
         self.merges, self.pattern = tuple(pairs or ranks.made), pattern
@@ -497,8 +513,10 @@ class BPETokenizer(_Exchange, BaseTokenizer):
         progress: bool = False, # show bars
     ) -> "Self":
         "Learn merges from texts. Raises `InputError` if there is too little text for so many tokens."
+        names = list(Vocabulary([], special_tokens).special_tokens)
+        n_merges = _n_merges(vocab_size, len(names)) # before an hour of counting, not after
         counts = count_chunks(texts, pattern, workers, progress)
-        return cls(_learn_exactly(counts, vocab_size, len(special_tokens), progress), pattern, special_tokens)
+        return cls(_learn_exactly(counts, n_merges, len(names), progress), pattern, names)
 
     @property
     def cache(self) -> LRUCache[str, tuple[int, ...]]: # chunk → ids
@@ -518,10 +536,15 @@ class BPETokenizer(_Exchange, BaseTokenizer):
     ) -> list[np.ndarray]: # one int32 array per text
         "Encode many texts without special tokens, faster than to lists. Raises `InputError` for lone surrogates."
         quick = has_rule(self.pattern) # then lone surrogates are noticed in the cutting
-        checked = [text if quick and isinstance(text, str) else checked_text(text) for text in texts]
+        checked = [text if quick and isinstance(text, str) else checked_text(text) for text in _several(texts)]
         rows: list[list[np.ndarray]] = [[] for _ in checked]
-        for number, ids in self._pieces(checked) if not workers or workers < 2 else _in_processes(self, checked, self.pattern, workers):
-            rows[number].append(ids)
+        try:
+            for number, ids in self._pieces(checked) if not workers or workers < 2 else _in_processes(self, checked, self.pattern, workers):
+                rows[number].append(ids)
+        except InputError:
+            for text in checked: # the cutting sees parts of texts; their positions are not the texts'
+                checked_text(text)
+            raise
         return [row[0] if len(row) == 1 else np.concatenate(row) for row in rows]
 
     def encode_batch(
@@ -563,8 +586,10 @@ def merge_steps(
     tokenizer: BPETokenizer, # whose merges
     text: str, # a short one
 ) -> list[list[bytes]]: # the pieces before the first merge, after it, …, at the end
-    "The stages of encoding a text, one merge at a time, earliest first."
-    tokens = [[bytes([value]) for value in chunk.encode()] for chunk in splitter(tokenizer.pattern)(text)]
+    "The stages of encoding a text, one merge at a time, earliest first. Raises `InputError` for tokenizers without merges."
+    if not isinstance(tokenizer, BPETokenizer):
+        raise InputError(f"a {type(tokenizer).__name__} has no merges", fix="give a BPETokenizer")
+    tokens = [[bytes([value]) for value in chunk.encode()] for chunk in splitter(tokenizer.pattern)(checked_text(text))]
     encoder, spelling = tokenizer._encoder, {i: token for token, i in tokenizer._encoder.whole.items()}
     made = {(spelling[first], spelling[second]): rank for (first, second), rank in encoder.ranks.made.items()}
     states = []

@@ -44,6 +44,8 @@ def covering(
     pattern: str, # how to cut text
 ) -> str: # the same for our three patterns; others get an alternative for what they leave out
     "A pattern whose pieces add up to the text. Raises `InputError` if it isn't a valid one."
+    if not isinstance(pattern, str):
+        raise InputError(f"a split pattern is a text, not {type(pattern).__name__}", fix="give the regular expression itself")
     if pattern in _KNOWN:
         return pattern
     try:
