@@ -8,7 +8,7 @@ USE    := $(VENV)/.installed
 DEV    := $(VENV)/.installed-dev
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help run test lab notebooks docs readme constraints clean
+.PHONY: help run test bench lab notebooks docs readme constraints clean
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -21,6 +21,9 @@ test: $(DEV) ## Every check: notebooks, style, types, tests
 	ruff check .
 	mypy
 	pytest
+
+bench: $(DEV) ## Speed beside the programs that people use instead (some minutes, on a quiet machine)
+	mmie bench tokenizer
 
 lab: $(DEV) ## Open JupyterLab on the book
 	jupyter lab --notebook-dir nbs
