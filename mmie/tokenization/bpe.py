@@ -16,7 +16,7 @@ import pickle
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -136,6 +136,14 @@ def _encode_chunk(
     return tuple(_encode_short(data, ranks) if len(data) < _LONG else _encode_long(data, ranks))
 
 # %% ../../nbs/15_tokenization.bpe.ipynb #4ea07b92
+def _pair_keys(
+    first: np.ndarray, # (n,) int64 ids
+    second: np.ndarray, # (n,) int64 ids; −1 where there is none
+) -> np.ndarray: # (2, n) uint64
+    "Pairs of ids, for a table."
+    keys = (first << 32 | second & 0xFFFFFFFF).view(np.uint64)
+    return np.stack((keys, np.zeros_like(keys)))
+
 def _encode_rows(
     ids: np.ndarray, # (chunks, columns) int64: ids of their bytes, −1 behind the end; overwritten
     pairs: KeyTable, # of pairs that have a merge
@@ -144,8 +152,7 @@ def _encode_rows(
 ) -> np.ndarray: # (chunks, columns) int64: ids of their tokens, −1 behind the end
     "Merge many short chunks side by side."
     def look_up(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        keys = (first << 32 | second & 0xFFFFFFFF).view(np.uint64)
-        return ranks[pairs.find(np.stack((keys, np.zeros_like(keys))))]
+        return ranks[pairs.find(_pair_keys(first, second))]
 
     n, width = ids.shape
     done, here, column = np.empty_like(ids), np.arange(n), np.arange(width)
@@ -199,9 +206,7 @@ class _Memo:
         short = {token: i for token, i in whole.items() if 0 < len(token) <= LONGEST_KEY}
         self.whole = _numbered(_keys_of(list(short)), np.array(list(short.values())), -1)
         pairs = np.array(list(ranks.made), dtype=np.int64).reshape(-1, 2)
-        keys = (pairs[:, 0] << 32 | pairs[:, 1]).view(np.uint64)
-        made = np.array(list(ranks.made.values()), dtype=np.int64)
-        self.pairs = _numbered(np.stack((keys, np.zeros_like(keys))), made, _NO_MERGE)
+        self.pairs = _numbered(_pair_keys(*pairs.T), np.array(list(ranks.made.values()), dtype=np.int64), _NO_MERGE)
         self.results, self.byte_ids, self.entries = np.array(ranks.results, dtype=np.int64), np.array(ranks.byte_ids), entries
         self.forget()
 
@@ -211,10 +216,7 @@ class _Memo:
         self.begin, self.count = np.zeros((2, 0), dtype=np.int64) # where the ids of a chunk begin in the pool, and how many they are
         self.pool = np.zeros(0, dtype=np.int32)
 
-    def _learn(self, keys: np.ndarray) -> None:
-        known = len(self.table)
-        self.table.add(keys)
-        new = self.table.keys[:, known:]
+    def _learn(self, new: np.ndarray) -> None:
         rows = key_bytes(new)
         ids = np.where(np.arange(LONGEST_KEY + 1) < rows[:, -1:], self.byte_ids[rows], -1)
         table, by_number = self.whole
@@ -231,13 +233,11 @@ class _Memo:
         keys: np.ndarray, # (2, n) uint64
     ) -> np.ndarray: # (n,) int32
         "Numbers of chunks, which are learned if they are new."
-        numbers = self.table.find(keys)
-        if len(missing := np.flatnonzero(numbers < 0)):
-            if len(self.table) > self.entries:
-                self.forget()
-                return self.numbers(keys)
-            self._learn(keys[:, missing])
-            numbers[missing] = self.table.find(keys[:, missing])
+        if len(self.table) > self.entries:
+            self.forget()
+        known, numbers = len(self.table), self.table.number(keys)
+        if len(self.table) > known:
+            self._learn(self.table.keys[:, known:])
         return numbers
 
 # %% ../../nbs/15_tokenization.bpe.ipynb #087d66f9
@@ -379,9 +379,12 @@ def _learn_exactly(
     return merges
 
 # %% ../../nbs/15_tokenization.bpe.ipynb #58277b05
-@runtime_checkable
 class _InPieces(Protocol):
     "What can be sent to a worker."
+    @property
+    def fingerprint(self) -> str:
+        "Equal for tokenizers that give equal ids."
+
     def _pieces(self, texts: Iterable[str]) -> Iterator[tuple[int, np.ndarray]]:
         "Number of a text, ids of it or of its next part."
 
@@ -409,13 +412,12 @@ def _encode_share(
     return owners, np.concatenate([ids for row in rows for ids in row]), ends
 
 def _in_processes(
-    tokenizer: BaseTokenizer, # a BPETokenizer
+    tokenizer: _InPieces, # a BPETokenizer
     texts: Sequence[str], # any texts
     pattern: str, # how they will be cut
     workers: int, # processes
 ) -> Iterator[tuple[int, np.ndarray]]: # number of a text; ids of it or of its next part
     "Share texts out and put the answers in order."
-    assert isinstance(tokenizer, _InPieces)
     _AT_HAND[tokenizer.fingerprint] = tokenizer
     try:
         encode_share = functools.partial(_encode_share, tokenizer.fingerprint, pickle.dumps(tokenizer))

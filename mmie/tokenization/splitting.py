@@ -397,6 +397,17 @@ class KeyTable:
             self._slots, known = _Slots((4 * len(self)).bit_length()), 0
         self._slots.claim(self.keys[:, known:], np.arange(known, len(self)))
 
+    def number(
+        self,
+        keys: np.ndarray, # (2, n) uint64: any
+    ) -> np.ndarray: # (n,) int32: their numbers
+        "Look up, and add what is new."
+        numbers = self.find(keys)
+        if len(missing := np.flatnonzero(numbers < 0)):
+            self.add(keys[:, missing])
+            numbers[missing] = self.find(keys[:, missing])
+        return numbers
+
 # %% ../../nbs/13_tokenization.splitting.ipynb #b665e1fb
 def key_bytes(
     keys: np.ndarray, # (2, n) uint64
@@ -436,11 +447,7 @@ def _count_in_arrays(
     for _, parts in gather(texts, pattern):
         block = cut_block(parts, pattern)
         short = block.sizes <= LONGEST_KEY
-        keys = chunk_keys(block, short)
-        numbers = table.find(keys)
-        if len(missing := np.flatnonzero(numbers < 0)):
-            table.add(keys[:, missing])
-            numbers[missing] = table.find(keys[:, missing])
+        numbers = table.number(chunk_keys(block, short))
         counted = np.bincount(numbers, minlength=len(table))
         counted[:len(totals)] += totals
         totals = counted
