@@ -146,6 +146,14 @@ class DecoderCache:
         for layer in self.layers:
             layer.truncate(length)
 
+    def reorder(
+        self,
+        rows: Tensor, # (batch,) long: row i becomes what row rows[i] was
+    ) -> None:
+        "Rearrange the rows in place, as beam search does."
+        for layer in self.layers:
+            layer.reorder(rows)
+
 # %% ../../nbs/32_models.decoder.ipynb #1754715f
 def padding_mask(
     padding: Tensor, # (batch,) filler tokens at the left of each row
