@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['Cache', 'CausalLM', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'Sampling', 'filter_logits', 'sampling_figure', 'draw',
-           'dart_streams', 'choose', 'pad_left', 'generate', 'generate_stream', 'DecodesBytes', 'stream_text']
+           'dart_streams', 'choose', 'Continuation', 'LogitProcessor', 'RepetitionPenalty', 'pad_left', 'generate',
+           'generate_stream', 'DecodesBytes', 'stream_text', 'StopStrings']
 
 # %% ../../nbs/31_models.generation.ipynb #4fa9463c
 import codecs
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -33,7 +35,17 @@ class Cache(Protocol):
     def select(
         self,
         rows: Tensor, # (kept,) indices into the batch, the new order
-    ) -> None: ... # from here on the batch consists of these rows
+    ) -> None: ... # from here on the batch consists of these rows; one that is named twice is there twice
+
+    def truncate(
+        self,
+        length: int, # positions to keep
+    ) -> None: ... # as if the later ones had never been fed
+
+    def reorder(
+        self,
+        rows: Tensor, # (batch,) row i becomes what row rows[i] was
+    ) -> None: ... # like `select`, for as many rows as there are, in the memory that is there
 
 # %% ../../nbs/31_models.generation.ipynb #90290ec8
 class CausalLM(Protocol):
@@ -205,6 +217,50 @@ def choose(
         raise ValueError("sampling needs one random number per row")
     return draw(filter_logits(logits, sampling), darts)
 
+# %% ../../nbs/31_models.generation.ipynb #7858c664
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    "A prompt, and what has been added to it so far."
+    prompt: Sequence[int] # token ids, without padding
+    new: list[int] # token ids; grows
+    limit: int # the most tokens that may be added
+
+    @property
+    def room(self) -> int: # tokens
+        "How many may still come."
+        return self.limit - len(self.new)
+
+class LogitProcessor(Protocol):
+    "A say in what may come next, and how likely. It remembers nothing: rows may come, go and change places between two calls."
+    def __call__(
+        self,
+        rows: Sequence[Continuation], # the batch as it is now
+        logits: Tensor, # (batch, vocab) for the next token of each
+    ) -> Tensor: ... # (batch, vocab); −∞ forbids a token
+
+# %% ../../nbs/31_models.generation.ipynb #909ba0e4
+class RepetitionPenalty:
+    "Make every token that the text already has less likely. Keskar et al. 2019."
+    def __init__(
+        self,
+        penalty: float, # 1 changes nothing, 1.2 is customary, below 1 rewards repetition
+    ) -> None:
+        if not 0 < penalty < math.inf:
+            raise InputError(f"repetition_penalty is {penalty}", where="repetition_penalty", fix="use a number above 0; 1 changes nothing")
+        self.penalty = penalty
+
+    def __call__(
+        self,
+        rows: Sequence[Continuation], # the batch
+        logits: Tensor, # (batch, vocab)
+    ) -> Tensor: # (batch, vocab)
+        "Divide what is positive by the penalty, multiply what is negative."
+        said = [[*row.prompt, *row.new] for row in rows]
+        longest = max(map(len, said))
+        ids = torch.tensor([row + row[:1] * (longest - len(row)) for row in said], device=logits.device)
+        old = logits.gather(1, ids)
+        return logits.scatter(1, ids, torch.where(old > 0, old / self.penalty, old * self.penalty))
+
 # %% ../../nbs/31_models.generation.ipynb #4ed2aa20
 def pad_left(
     prompts: Sequence[Sequence[int]], # token ids, at least one in each
@@ -217,23 +273,38 @@ def pad_left(
     return ids, padding if bool(padding.any()) else None
 
 # %% ../../nbs/31_models.generation.ipynb #0a06b52a
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    "How tokens are chosen, and when a row ends."
+    sampling: Sampling # the knobs
+    eos: frozenset[int] # tokens that end a row and aren't part of it
+    processors: tuple[LogitProcessor, ...] # have a say before the knobs
+    stop: Callable[[Sequence[int]], bool] | None # whether a row's new tokens end it
+
 def _steps(
     model: CausalLM, # in inference mode
     ids: Tensor, # (batch, longest prompt)
     padding: Tensor | None, # (batch,) filler at the left
     darts: Tensor, # (batch, steps) uniform
-    sampling: Sampling, # the knobs
-    stop: frozenset[int], # tokens that end a row
-) -> Iterator[list[tuple[int, int]]]: # one list a step: (row, token) for every row that goes on
+    rows: list[Continuation], # (batch,) as yet without new tokens; they grow
+    rules: _Rules, # how to go on
+) -> Iterator[list[int]]: # after each step, the tokens that were added, one for every row that goes on
     "Prefill once, then one token a step; finished rows leave the batch when they are half of it."
     batch, steps = darts.shape
-    cache, rows, going = model.new_cache(batch, ids.shape[1] + steps - 1), list(range(batch)), [True] * batch
+    cache, going = model.new_cache(batch, ids.shape[1] + steps - 1), [True] * batch
     for step in range(steps):
         logits = model(ids, cache=cache, padding=padding, last_only=True)[:, -1]
-        tokens = choose(logits, sampling, darts[:, step])
+        for process in rules.processors:
+            logits = process(rows, logits)
+        tokens = choose(logits, rules.sampling, darts[:, step])
         picked = tokens.tolist()
-        going = [on and token not in stop for on, token in zip(going, picked, strict=True)]
-        yield [(row, token) for row, token, on in zip(rows, picked, going, strict=True) if on]
+        going = [on and token not in rules.eos for on, token in zip(going, picked, strict=True)]
+        for row, token, on in zip(rows, picked, going, strict=True):
+            if on:
+                row.new.append(token)
+        yield [token for token, on in zip(picked, going, strict=True) if on]
+        if rules.stop is not None:
+            going = [on and not rules.stop(row.new) for row, on in zip(rows, going, strict=True)]
         if not any(going):
             return
         ids = tokens[:, None]
@@ -271,9 +342,21 @@ def _scope(
     "No gradients, and a module in eval mode."
     return inference(model) if isinstance(model, nn.Module) else torch.inference_mode()
 
-def _stop_tokens(eos_id: int | Iterable[int] | None) -> frozenset[int]:
-    "End tokens as a set."
-    return frozenset() if eos_id is None else frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
+def _rules(
+    sampling: Sampling, # the knobs
+    eos_id: int | Iterable[int] | None, # as for `generate`
+    repetition_penalty: float, # as for `generate`
+    processors: Sequence[LogitProcessor], # as for `generate`
+    stop: Callable[[Sequence[int]], bool] | None, # as for `generate`
+) -> _Rules:
+    "The caller's wishes, checked. Raises `InputError`."
+    if isinstance(stop, str) or not (stop is None or callable(stop)):
+        raise InputError(f"stop={stop!r} is no rule", where="stop", fix="for text use stop=StopStrings(...)")
+    if callable(processors) or not all(map(callable, processors)):
+        raise InputError("processors must be functions of rows and logits", where="processors", fix="give a list of them, even for one")
+    penalty = () if repetition_penalty == 1 else (RepetitionPenalty(repetition_penalty),)
+    eos = frozenset() if eos_id is None else frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
+    return _Rules(sampling, eos, (*penalty, *processors), stop)
 
 # %% ../../nbs/31_models.generation.ipynb #01bdd33c
 def generate(
@@ -287,21 +370,20 @@ def generate(
     min_p: float | None = None, # draw among those with this fraction of the best
     seed: int | Sequence[int] | None = None, # the same seed gives the same text; a list has one per prompt
     eos_id: int | Iterable[int] | None = None, # ends a row; not part of what is returned
+    repetition_penalty: float = 1.0, # above 1: what the text already has becomes less likely
+    processors: Sequence[LogitProcessor] = (), # have their say before the knobs, in this order
+    stop: Callable[[Sequence[int]], bool] | None = None, # whether a row's new tokens end it, such as `StopStrings`
 ) -> list[list[int]]: # the new tokens of each row
     "Continue prompts. A batch gives each row what it would get alone. Raises `InputError` for prompts that can't be continued."
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    rows = _checked_prompts(prompts, max_new_tokens, model.max_length)
-    new: list[list[int]] = [[] for _ in rows]
-    if not rows or not max_new_tokens:
-        return new
-    ids, padding = pad_left(rows)
-    darts = dart_streams(seed, len(rows), max_new_tokens)
-    with _scope(model):
-        on = model.device
-        for step in _steps(model, ids.to(on), None if padding is None else padding.to(on), darts.to(on), sampling, _stop_tokens(eos_id)):
-            for row, token in step:
-                new[row].append(token)
-    return new
+    rules = _rules(Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p), eos_id, repetition_penalty, processors, stop)
+    rows = [Continuation(row, [], max_new_tokens) for row in _checked_prompts(prompts, max_new_tokens, model.max_length)]
+    if rows and max_new_tokens:
+        ids, padding = pad_left([row.prompt for row in rows])
+        darts, on = dart_streams(seed, len(rows), max_new_tokens), model.device
+        with _scope(model):
+            for _ in _steps(model, ids.to(on), None if padding is None else padding.to(on), darts.to(on), rows, rules):
+                pass
+    return [row.new for row in rows]
 
 # %% ../../nbs/31_models.generation.ipynb #0b6ff8d6
 def generate_stream(
@@ -315,18 +397,25 @@ def generate_stream(
     min_p: float | None = None, # draw among those with this fraction of the best
     seed: int | None = None, # the same seed gives the same text
     eos_id: int | Iterable[int] | None = None, # ends it; not yielded
+    repetition_penalty: float = 1.0, # above 1: what the text already has becomes less likely
+    processors: Sequence[LogitProcessor] = (), # have their say before the knobs
+    stop: Callable[[Sequence[int]], bool] | None = None, # whether the new tokens end it
 ) -> Iterator[int]: # new tokens, each as soon as it's drawn
     "Continue one prompt, token by token: what `generate` would return, without the wait."
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    ids, _ = pad_left(_checked_prompts([prompt], max_new_tokens, model.max_length))
-    darts, on = dart_streams(seed, 1, max_new_tokens), model.device
-    steps = _steps(model, ids.to(on), None, darts.to(on), sampling, _stop_tokens(eos_id))
-    for _ in range(max_new_tokens):
-        with _scope(model):
-            step = next(steps, [])
-        if not step:
-            return
-        yield step[0][1]
+    rules = _rules(Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p), eos_id, repetition_penalty, processors, stop)
+    row = Continuation(_checked_prompts([prompt], max_new_tokens, model.max_length)[0], [], max_new_tokens)
+    darts = dart_streams(seed, 1, max_new_tokens).to(model.device)
+    steps = _steps(model, torch.tensor([row.prompt], device=model.device), None, darts, [row], rules)
+
+    def tokens() -> Iterator[int]:
+        while True:
+            with _scope(model):
+                step = next(steps, [])
+            if not step:
+                return
+            yield step[0]
+
+    return tokens()
 
 # %% ../../nbs/31_models.generation.ipynb #807a2327
 class DecodesBytes(Protocol):
@@ -336,14 +425,74 @@ class DecodesBytes(Protocol):
         ids: Sequence[int], # token ids
     ) -> bytes: ... # what they stand for, perhaps half a character
 
+# %% ../../nbs/31_models.generation.ipynb #d4a9148d
+def _stop_bytes(
+    strings: str | Sequence[str], # what ends a text
+) -> list[bytes]:
+    "Stop strings as they'll be found. Raises `InputError` for empty ones."
+    several = [strings] if isinstance(strings, str) else list(strings)
+    if not all(isinstance(string, str) and string for string in several):
+        raise InputError(f"stop strings must be texts that aren't empty, got {several!r}", where="stop")
+    return [string.encode("utf-8") for string in several]
+
+def _first_stop(data: bytes, stops: Sequence[bytes]) -> int | None:
+    "Where the stop begins that is complete first."
+    found = [(at + len(stop), at) for stop in stops if (at := data.find(stop)) >= 0]
+    return min(found)[1] if found else None
+
+def _begun(data: bytes, stops: Sequence[bytes]) -> int:
+    "How many bytes at the end may be the beginning of a stop."
+    return max((n for stop in stops for n in range(1, len(stop)) if data.endswith(stop[:n])), default=0)
+
+# %% ../../nbs/31_models.generation.ipynb #2de351ad
 def stream_text(
     tokens: Iterable[int], # from `generate_stream`
     tokenizer: DecodesBytes, # whose ids they are
-) -> Iterator[str]: # pieces of text, never half a character
+    stop: str | Sequence[str] = (), # texts that end it, not shown; no more tokens are asked for then
+) -> Iterator[str]: # pieces of text, never half a character or the beginning of a stop
     "Text from tokens as they arrive."
+    stops, held = _stop_bytes(stop), b""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
-        if piece := decoder.decode(tokenizer.decode_bytes([token])):
+        held += tokenizer.decode_bytes([token])
+        end = _first_stop(held, stops)
+        sure = len(held) - _begun(held, stops) if end is None else end
+        if piece := decoder.decode(held[:sure], final=end is not None):
             yield piece
-    if piece := decoder.decode(b"", final=True):
+        if end is not None:
+            return
+        held = held[sure:]
+    if piece := decoder.decode(held, final=True):
         yield piece
+
+# %% ../../nbs/31_models.generation.ipynb #d1352992
+class StopStrings:
+    "A rule that ends a row at certain texts: for `generate(stop=…)`, and to get the text before them."
+    def __init__(
+        self,
+        strings: str | Sequence[str], # one or several; whichever is complete first counts
+        tokenizer: DecodesBytes, # whose ids the rows are
+    ) -> None:
+        self.stops, self.tokenizer = _stop_bytes(strings), tokenizer
+        if not self.stops:
+            raise InputError("there is no stop string", where="stop", fix="name at least one, or leave the rule out")
+
+    def __call__(
+        self,
+        new: Sequence[int], # a row's new tokens; without the newest there was no stop in them
+    ) -> bool:
+        "Whether the newest token completes a stop. Looks only as far back as one can reach."
+        longest, tail, at = max(map(len, self.stops)), b"", len(new) - 1
+        newest = self.tokenizer.decode_bytes(new[at:])
+        while at > 0 and len(tail) < longest - 1:
+            at -= 1
+            tail = self.tokenizer.decode_bytes(new[at:at + 1]) + tail
+        return _first_stop(tail + newest, self.stops) is not None
+
+    def text(
+        self,
+        new: Sequence[int], # a row that `generate` returned
+    ) -> str: # without the stop and what came after it
+        "The text of a row."
+        data = self.tokenizer.decode_bytes(new)
+        return data[:_first_stop(data, self.stops)].decode("utf-8", "replace")
