@@ -101,8 +101,45 @@ def _several(
     return list(texts)
 
 # %% ../../nbs/11_tokenization.base.ipynb #65bb96fc
-_MANY = 32 # ids from which on arrays are faster than a dictionary
+class _Speller:
+    "The bytes of many ids, all at once."
+    def __init__(
+        self,
+        table: Mapping[int, bytes], # id → what it stands for
+        size: int, # more than the largest id
+    ) -> None:
+        self.sizes = np.full(size, -1, dtype=np.int64) # -1: no such id
+        self.sizes[list(table)] = [len(token) for token in table.values()]
+        self.heads = np.zeros(size, dtype="<u8") # the first eight bytes
+        self.heads[list(table)] = np.frombuffer(b"".join(token[:8].ljust(8, b"\0") for token in table.values()), dtype="<u8")
+        long = {i: [min(at, len(token) - 8) for at in range(8, len(token), 8)] for i, token in table.items() if len(token) > 8}
+        self.more, self.first = np.zeros((2, size), dtype=np.int64) # how many pieces follow, and where they are in the next two
+        self.more[list(long)] = [len(places) for places in long.values()]
+        self.first[list(long)] = np.cumsum([0, *map(len, long.values())])[:-1]
+        self.offsets = np.array([at for places in long.values() for at in places], dtype=np.int64)
+        self.pieces = np.frombuffer(b"".join(table[i][at:at + 8] for i, places in long.items() for at in places), dtype="<u8")
 
+    def join(
+        self,
+        ids: np.ndarray, # (n,) whole numbers, none negative
+    ) -> tuple[bytes, np.ndarray]: # the bytes; where each id's begin, and the end: (n + 1,)
+        "What ids stand for. Raises `IndexError` if there is one that doesn't exist."
+        sizes = self.sizes.take(ids)
+        if sizes.min(initial=0) < 0:
+            raise IndexError("no such id")
+        begin = np.concatenate(([0], sizes.cumsum()))
+        total = int(begin[-1])
+        out = np.empty(total + 8, dtype=np.uint8)
+        words = np.ndarray(total + 1, dtype="<u8", buffer=out, strides=(1,)) # eight bytes from each place on
+        words[begin[:-1]] = self.heads.take(ids)
+        if len(long := np.flatnonzero(sizes > 8)):
+            tokens, start = ids[long], begin[long]
+            more = self.more[tokens]
+            piece = np.repeat(self.first[tokens] - (more.cumsum() - more), more) + np.arange(more.sum())
+            words[np.repeat(start, more) + self.offsets[piece]] = self.pieces[piece]
+        return out[:total].tobytes(), begin
+
+# %% ../../nbs/11_tokenization.base.ipynb #4d47d146
 def _listed(
     ids: Iterable[int], # what the user calls ids
 ) -> list[int]: # the same
@@ -122,15 +159,57 @@ def _is_key(
     except TypeError:
         return False
 
-def _in_a_row(
-    table: Mapping[int, bytes], # id → what it stands for
-    size: int, # more than the largest id
-) -> np.ndarray: # (size,) objects: bytes, or None where there is no token
-    "The same table for looking up many at once."
-    row = np.full(size, None, dtype=object)
-    row[list(table)] = list(table.values())
-    return row
+def _groups(
+    rows: Iterable[list[int]], # of any lengths
+    least: int = 1 << 16, # ids in a group
+) -> Iterator[list[list[int]]]: # rows, in order
+    "Rows enough to be worth an array's while, and no more."
+    group: list[list[int]] = []
+    size = 0
+    for row in rows:
+        group.append(row)
+        size += len(row)
+        if size >= least:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
+# %% ../../nbs/11_tokenization.base.ipynb #067d4d80
+_MANY = 2000 # ids from which on arrays are faster than a dictionary
+
+class _Spelling:
+    "What ids stand for, by the faster of two ways."
+    def __init__(
+        self,
+        table: Mapping[int, bytes], # id → bytes
+    ) -> None:
+        self.table, self.size = table, max(table, default=-1) + 1
+        self._speller: _Speller | None = None # made when it's needed
+
+    def spell(
+        self,
+        rows: list[list[int]], # ids
+    ) -> list[bytes]: # one for each row
+        "Raises `InputError` for an id that doesn't exist."
+        dense = self.size <= 2 * len(self.table) + 1000 # or a list of all numbers would be mostly empty
+        try:
+            if not dense or sum(map(len, rows)) < _MANY:
+                return [b"".join(map(self.table.__getitem__, array.array("I", row))) for row in rows]
+            numbers = array.array("I") # an array that refuses what is negative or no whole number
+            for row in rows:
+                numbers.fromlist(row)
+            speller = self._speller = self._speller or _Speller(self.table, self.size)
+            data, begin = speller.join(np.frombuffer(numbers, dtype=np.uint32))
+        except (KeyError, IndexError, TypeError, OverflowError) as error:
+            wrong = next(i for row in rows for i in row if not _is_key(i, self.table))
+            raise InputError(f"no token has the id {wrong!r}", fix=f"ids are whole numbers from 0 to {self.size - 1}") from error
+        if len(rows) == 1:
+            return [data]
+        ends = begin[np.cumsum([0, *map(len, rows)])].tolist()
+        return [data[start:end] for start, end in itertools.pairwise(ends)]
+
+# %% ../../nbs/11_tokenization.base.ipynb #3ec62efe
 def _special_ids(
     special_tokens: Sequence[str] | Mapping[str, int], # names, or name → id
     following: int, # the first id that is free
@@ -160,28 +239,19 @@ class Vocabulary:
         if taken := [name for name, i in self.special_tokens.items() if i in table]:
             raise InputError(f"special token {taken[0]!r} has the id {self.special_tokens[taken[0]]}, which is taken", fix="use another")
         self._table: dict[int, bytes] = table | {i: name.encode("utf-8") for name, i in self.special_tokens.items()}
-        self._size = max(self._table, default=-1) + 1
-        self._row = _in_a_row(self._table, self._size) if self._size <= 2 * len(self._table) + 1000 else None
+        self._spelling = _Spelling(self._table)
 
     @property
     def vocab_size(self) -> int: # all ids lie in 0 … vocab_size − 1; tokenizers of others may leave some out
         "One more than the largest id: the rows an embedding needs."
-        return self._size
+        return self._spelling.size
 
     def decode_bytes(
         self,
         ids: Iterable[int], # a list, an array or a tensor of one dimension
     ) -> bytes:
         "The bytes the ids stand for, joined. Raises `InputError` for an id that doesn't exist."
-        plain = _listed(ids)
-        try:
-            numbers = array.array("I", plain) # an array that refuses what is negative or no whole number
-            if self._row is None or len(numbers) < _MANY:
-                return b"".join(map(self._table.__getitem__, numbers))
-            return b"".join(self._row.take(np.frombuffer(numbers, dtype=np.uint32)).tolist())
-        except (KeyError, IndexError, TypeError, OverflowError) as error:
-            wrong = next(i for i in plain if not _is_key(i, self._table))
-            raise InputError(f"no token has the id {wrong!r}", fix=f"ids are whole numbers from 0 to {self.vocab_size - 1}") from error
+        return self._spelling.spell([_listed(ids)])[0]
 
     def decode(
         self,
@@ -190,6 +260,15 @@ class Vocabulary:
     ) -> str:
         "The text of the ids, special tokens by their names."
         return self.decode_bytes(ids).decode("utf-8", errors)
+
+    def decode_batch(
+        self,
+        rows: Iterable[Iterable[int]], # ids of several texts
+        errors: str = "replace", # as above
+    ) -> list[str]: # one text per row
+        "Decode many texts, faster than one by one. Raises `InputError` as `decode` does."
+        groups = _groups(map(_listed, rows))
+        return [data.decode("utf-8", errors) for group in groups for data in self._spelling.spell(group)]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.vocab_size:,} tokens, {len(self.special_tokens)} of them special)"
@@ -637,6 +716,7 @@ def _check_copies(
     "A stored or pickled tokenizer is the same, and so is a batch."
     rows = [tokenizer.encode(text) for text in texts]
     _require(tokenizer.encode_batch(texts) == rows, "a batch gives what single texts give", texts)
+    _require(tokenizer.decode_batch(rows) == [tokenizer.decode(row) for row in rows], "and so does decoding a batch", texts)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
         copies = [load_tokenizer(folder), type(tokenizer).load(folder), pickle.loads(pickle.dumps(tokenizer))]

@@ -321,49 +321,19 @@ def _first_choice(
     return (mixed >> np.uint64(64 - bits)).astype(np.int64)
 
 # %% ../../nbs/13_tokenization.splitting.ipynb #305e12e0
-class _Slots:
-    "A hash table with room for numbered keys: slots are tried in order, by all keys at once."
-    def __init__(
-        self,
-        bits: int, # it has 2**bits slots; one must stay free
-    ) -> None:
-        self.bits = bits
-        self.low, self.high = np.zeros((2, 1 << bits), dtype=np.uint64) # each slot's key
-        self.number = np.full(1 << bits, -1, dtype=np.int32) # and the number of its chunk; -1: free
-
-    def claim(
-        self,
-        keys: np.ndarray, # (2, n) uint64: all different, none of them here
-        numbers: np.ndarray, # (n,) theirs
-    ) -> None:
-        "Put keys in."
-        slots = _first_choice(keys, self.bits)
-        while len(numbers):
-            free = self.number[slots] < 0
-            self.number[slots[free]] = numbers[free]
-            won = self.number[slots] == numbers
-            self.low[slots[won]], self.high[slots[won]] = keys[:, won]
-            keys, numbers, slots = keys[:, ~won], numbers[~won], slots[~won] + 1 & (1 << self.bits) - 1
+def _claim(
+    slots: np.ndarray, # (2**bits,) int32: numbers, -1 where a slot is free; changed in place, one must stay free
+    choice: np.ndarray, # (n,) int64: where each key would like to be
+    numbers: np.ndarray, # (n,) theirs
+) -> None:
+    "Put new keys in."
+    while len(numbers):
+        free = slots[choice] < 0
+        slots[choice[free]] = numbers[free]
+        lost = slots[choice] != numbers
+        numbers, choice = numbers[lost], choice[lost] + 1 & len(slots) - 1
 
 # %% ../../nbs/13_tokenization.splitting.ipynb #71eaf593
-def _look_up(
-    table: _Slots, # not full
-    keys: np.ndarray, # (2, n) uint64
-) -> np.ndarray: # (n,) int32: the numbers; -1: not there
-    "Follow each key from slot to slot."
-    slots = _first_choice(keys, table.bits)
-    numbers = table.number[slots]
-    right = (table.low[slots] == keys[0]) & (table.high[slots] == keys[1])
-    left = np.flatnonzero(~right & (numbers >= 0)) # somebody else is there
-    slots = slots[left]
-    while len(left):
-        slots = slots + 1 & (1 << table.bits) - 1
-        numbers[left] = found = table.number[slots]
-        again = (found >= 0) & ((table.low[slots] != keys[0, left]) | (table.high[slots] != keys[1, left]))
-        left, slots = left[again], slots[again]
-    return numbers
-
-# %% ../../nbs/13_tokenization.splitting.ipynb #ca44d74c
 class KeyTable:
     "Different short chunks, numbered in the order they are added: a hash table that looks up whole arrays."
     def __init__(
@@ -371,7 +341,7 @@ class KeyTable:
         bits: int = 12, # it has 2**bits slots, and more when it gets full
     ) -> None:
         self.keys = np.zeros((2, 0), dtype=np.uint64) # of chunk 0, 1, 2 …
-        self._slots = _Slots(bits)
+        self._bits, self._slots = bits, np.full(1 << bits, -1, dtype=np.int32)
 
     def __len__(self) -> int:
         return self.keys.shape[1]
@@ -381,7 +351,20 @@ class KeyTable:
         keys: np.ndarray, # (2, n) uint64
     ) -> np.ndarray: # (n,) int32: the chunks' numbers; -1: not there
         "Look up many chunks."
-        return _look_up(self._slots, keys)
+        if not len(self):
+            return np.full(keys.shape[1], -1, dtype=np.int32)
+        low, high = self.keys
+        slots = _first_choice(keys, self._bits)
+        numbers = self._slots.take(slots)
+        right = (low.take(numbers, mode="wrap") == keys[0]) & (high.take(numbers, mode="wrap") == keys[1])
+        left = np.flatnonzero(~right & (numbers >= 0)) # somebody else is there
+        slots = slots[left]
+        while len(left):
+            slots = slots + 1 & len(self._slots) - 1
+            numbers[left] = found = self._slots[slots]
+            again = (found >= 0) & ((low[found] != keys[0, left]) | (high[found] != keys[1, left]))
+            left, slots = left[again], slots[again]
+        return numbers
 
     def add(
         self,
@@ -393,9 +376,10 @@ class KeyTable:
         new[1:] = (np.diff(keys[:, order]) != 0).any(axis=0)
         known = len(self)
         self.keys = np.concatenate((self.keys, keys[:, order[new]]), axis=1)
-        if 2 * len(self) > 1 << self._slots.bits:
-            self._slots, known = _Slots((4 * len(self)).bit_length()), 0
-        self._slots.claim(self.keys[:, known:], np.arange(known, len(self)))
+        if 2 * len(self) > len(self._slots):
+            self._bits, known = (4 * len(self)).bit_length(), 0
+            self._slots = np.full(1 << self._bits, -1, dtype=np.int32)
+        _claim(self._slots, _first_choice(self.keys[:, known:], self._bits), np.arange(known, len(self)))
 
     def number(
         self,
