@@ -53,7 +53,7 @@ class _Ranks(NamedTuple):
     made: dict[tuple[int, int], int] # pair of ids → rank of its merge
     results: list[int] # rank → the id it makes
 
-_NO_MERGE = 1 << 31 # more than any rank
+_NO_MERGE = (1 << 31) - 1 # more than any rank
 
 def _encode_short(
     data: bytes, # a chunk
@@ -137,44 +137,50 @@ def _encode_chunk(
 
 # %% ../../nbs/15_tokenization.bpe.ipynb #4ea07b92
 def _pair_keys(
-    first: np.ndarray, # (n,) int64 ids
-    second: np.ndarray, # (n,) int64 ids; −1 where there is none
+    first: np.ndarray, # (n,) ids
+    second: np.ndarray, # (n,) ids; −1 where there is none
 ) -> np.ndarray: # (2, n) uint64
     "Pairs of ids, for a table."
-    keys = (first << 32 | second & 0xFFFFFFFF).view(np.uint64)
+    keys = (first.astype(np.int64) << 32 | second.astype(np.int64) & 0xFFFFFFFF).view(np.uint64)
     return np.stack((keys, np.zeros_like(keys)))
 
 def _encode_rows(
-    ids: np.ndarray, # (chunks, columns) int64: ids of their bytes, −1 behind the end; overwritten
+    ids: np.ndarray, # (chunks, columns) int32: ids of their bytes, −1 behind the end; overwritten
     pairs: KeyTable, # of pairs that have a merge
-    ranks: np.ndarray, # (pairs + 1,) int64: their ranks, and _NO_MERGE behind
+    ranks: np.ndarray, # (pairs + 1,) int32: their ranks, and _NO_MERGE behind
     results: np.ndarray, # rank → id
-) -> np.ndarray: # (chunks, columns) int64: ids of their tokens, −1 behind the end
-    "Merge many short chunks side by side."
+) -> np.ndarray: # (chunks, columns) int32: ids of their tokens, −1 behind the end
+    "Merge many chunks side by side."
     def look_up(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         return ranks[pairs.find(_pair_keys(first, second))]
 
     n, width = ids.shape
-    done, here, column = np.empty_like(ids), np.arange(n), np.arange(width)
+    done, here, size, column = np.full_like(ids, -1), np.arange(n), (ids >= 0).sum(axis=1), np.arange(width)
     found = look_up(ids[:, :-1].ravel(), ids[:, 1:].ravel()).reshape(n, width - 1)
     while len(here):
         at = found.argmin(axis=1)
         best = found[np.arange(len(here)), at]
         if not (going := best < _NO_MERGE).all():
-            done[here[~going]] = ids[~going]
-            here, ids, found, at, best = (array[going] for array in (here, ids, found, at, best))
+            done[here[~going], :width] = ids[~going]
+            here, size, at, best = (array[going] for array in (here, size, at, best))
+            width = max(2, int(size.max(initial=0)))
+            ids, found = ids[going, :width], found[going, :width - 1]
         row = np.arange(len(here))
         ids[row, at] = results[best]
-        later = column[:-1] > at[:, None] # what is behind the merge moves one to the left
+        later = column[:width - 1] > at[:, None] # what is behind the merge moves one to the left
         ids[:, :-1] = np.where(later, ids[:, 1:], ids[:, :-1])
         found[:, :-1] = np.where(later[:, :-1], found[:, 1:], found[:, :-1])
         ids[:, -1], found[:, -1] = -1, _NO_MERGE
-        inner = row[at > 0] # those with a neighbor on the left
-        row, at = np.concatenate((row, inner)), np.concatenate((at, at[inner] - 1))
+        size -= 1
+        row, at = np.concatenate((row, row)), np.concatenate((at, at - 1)) # the new token and each of its neighbors
+        inside = (at >= 0) & (at < width - 1)
+        row, at = row[inside], at[inside]
         found[row, at] = look_up(ids[row, at], ids[row, at + 1])
     return done
 
 # %% ../../nbs/15_tokenization.bpe.ipynb #87f2cdcf
+_AT_ONCE = 1 << 14 # rows: more would only need more memory
+
 def _keys_of(
     tokens: Sequence[bytes], # none of them longer than LONGEST_KEY
 ) -> np.ndarray: # (2, tokens) uint64
@@ -195,19 +201,47 @@ def _numbered(
     by_number[table.find(keys)] = values
     return table, by_number
 
-class _Memo:
-    "Short chunks and their ids, in arrays."
+class _Side:
+    "Chunks to ids, many side by side."
     def __init__(
         self,
         whole: Mapping[bytes, int], # tokens and their ids
         ranks: _Ranks, # of the same tokenizer
-        entries: int = 1 << 17, # the most chunks it knows: about 10 MB
     ) -> None:
         short = {token: i for token, i in whole.items() if 0 < len(token) <= LONGEST_KEY}
         self.whole = _numbered(_keys_of(list(short)), np.array(list(short.values())), -1)
         pairs = np.array(list(ranks.made), dtype=np.int64).reshape(-1, 2)
         self.pairs = _numbered(_pair_keys(*pairs.T), np.array(list(ranks.made.values()), dtype=np.int64), _NO_MERGE)
-        self.results, self.byte_ids, self.entries = np.array(ranks.results, dtype=np.int64), np.array(ranks.byte_ids), entries
+        self.results, self.byte_ids = np.array(ranks.results, dtype=np.int32), np.array(ranks.byte_ids, dtype=np.int32)
+
+    def rows(
+        self,
+        values: np.ndarray, # (n, columns) uint8: bytes
+        sizes: np.ndarray, # (n, 1) how many in each row
+        known: np.ndarray, # (n,) id of a row that is a token; −1: it isn't
+    ) -> np.ndarray: # (n, columns) int32: ids of the rows' tokens, −1 behind the end
+        "Encode chunks of about the same size."
+        ids = np.where(np.arange(values.shape[1]) < sizes, self.byte_ids[values], np.int32(-1))
+        ids[known >= 0, 0], ids[known >= 0, 1:] = known[known >= 0], -1
+        ids[known < 0] = _encode_rows(ids[known < 0], *self.pairs, self.results)
+        return ids
+
+    def keys(
+        self,
+        new: np.ndarray, # (2, n) uint64: short chunks
+    ) -> np.ndarray: # (n, 16) int32
+        "Encode chunks that fit into keys."
+        rows, (table, by_number) = key_bytes(new), self.whole
+        return self.rows(rows, rows[:, -1:], by_number[table.find(new)])
+
+class _Memo:
+    "Short chunks and their ids, in arrays."
+    def __init__(
+        self,
+        side: _Side, # encodes them
+        entries: int = 1 << 17, # the most chunks it knows: about 10 MB
+    ) -> None:
+        self.side, self.entries = side, entries
         self.forget()
 
     def forget(self) -> None:
@@ -217,30 +251,47 @@ class _Memo:
         self.pool = np.zeros(0, dtype=np.int32)
 
     def _learn(self, new: np.ndarray) -> None:
-        rows = key_bytes(new)
-        ids = np.where(np.arange(LONGEST_KEY + 1) < rows[:, -1:], self.byte_ids[rows], -1)
-        table, by_number = self.whole
-        whole = by_number[table.find(new)]
-        ids[whole >= 0, 0], ids[whole >= 0, 1:] = whole[whole >= 0], -1
-        ids[whole < 0] = _encode_rows(ids[whole < 0], *self.pairs, self.results)
+        ids = self.side.keys(new)
         count = (ids >= 0).sum(axis=1)
         self.begin = np.concatenate((self.begin, len(self.pool) + np.cumsum(count) - count))
         self.count = np.concatenate((self.count, count))
-        self.pool = np.concatenate((self.pool, ids[ids >= 0].astype(np.int32)))
+        self.pool = np.concatenate((self.pool, ids[ids >= 0]))
 
     def numbers(
         self,
-        keys: np.ndarray, # (2, n) uint64
-    ) -> np.ndarray: # (n,) int32
-        "Numbers of chunks, which are learned if they are new."
+        blocks: Sequence[np.ndarray], # each (2, n) uint64: keys
+    ) -> list[np.ndarray]: # each (n,) int32
+        "Numbers of chunks, which are learned, all together, if they are new."
         if len(self.table) > self.entries:
             self.forget()
-        known, numbers = len(self.table), self.table.number(keys)
-        if len(self.table) > known:
-            self._learn(self.table.keys[:, known:])
+        known, numbers = len(self.table), [self.table.number(keys) for keys in blocks]
+        for start in range(known, len(self.table), _AT_ONCE):
+            self._learn(self.table.keys[:, start:start + _AT_ONCE])
         return numbers
 
 # %% ../../nbs/15_tokenization.bpe.ipynb #087d66f9
+_FEW = 16 # chunks up to which a loop is faster than arrays
+
+def _encode_together(
+    chunks: Sequence[str], # longer than a key, all different
+    whole: Mapping[bytes, int], # tokens and their ids
+    side: _Side, # of the same tokenizer
+) -> dict[str, tuple[int, ...]]: # chunk → ids, of those that are no longer than 64 bytes
+    "Encode longer chunks side by side."
+    encoded: dict[str, tuple[int, ...]] = {}
+    data = {chunk: chunk.encode() for chunk in chunks}
+    for least, width in ((0, 16), (16, 32), (32, 64)):
+        group = [chunk for chunk, own in data.items() if least < len(own) <= width]
+        for start in range(0, len(group) if len(group) > _FEW else 0, _AT_ONCE):
+            part = group[start:start + _AT_ONCE]
+            values = np.frombuffer(b"".join(data[chunk].ljust(width, b"\0") for chunk in part), dtype=np.uint8).reshape(-1, width)
+            sizes, known = (np.array(list(map(of, part))) for of in (lambda chunk: len(data[chunk]), lambda chunk: whole.get(data[chunk], -1)))
+            ids = side.rows(values, sizes[:, None], known)
+            ends = np.cumsum((ids >= 0).sum(axis=1))[:-1]
+            encoded.update(zip(part, map(tuple, map(np.ndarray.tolist, np.split(ids[ids >= 0], ends))), strict=True))
+    return encoded
+
+# %% ../../nbs/15_tokenization.bpe.ipynb #2401422a
 def _read_pool(
     begin: np.ndarray, # (chunks,) int64: where the ids of each chunk begin
     count: np.ndarray, # (chunks,) int64: how many they are
@@ -253,8 +304,33 @@ def _read_pool(
         return pool[begin], ends
     return pool[np.repeat(begin - (ends - count), count) + np.arange(total)], ends
 
+def _longer(
+    block: ChunkBlock, # of chunks
+    short: np.ndarray, # which of them fit into keys
+) -> list[str]: # the others
+    "Chunks as text."
+    places = zip(block.starts[~short].tolist(), block.sizes[~short].tolist(), strict=True)
+    return [block.data[at:at + size].decode() for at, size in places]
+
+def _with_others(
+    short: np.ndarray, # (chunks,) bool: whose ids are in the pool
+    begin: np.ndarray, # where, for those
+    count: np.ndarray, # how many, for those
+    pool: np.ndarray, # ids
+    others: Sequence[tuple[int, ...]], # ids of the other chunks
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # begin and count of all chunks, and a pool that has them all
+    "Give long chunks a place behind the pool."
+    if not others:
+        return begin, count, pool
+    size = np.array([len(ids) for ids in others])
+    places = np.empty((2, len(short)), dtype=np.int64)
+    places[:, short], places[:, ~short] = (begin, count), (len(pool) + np.cumsum(size) - size, size)
+    return *places, np.concatenate((pool, np.fromiter(itertools.chain.from_iterable(others), dtype=np.int32)))
+
 # %% ../../nbs/15_tokenization.bpe.ipynb #b022bc4d
 _SHORT = 10_000 # characters up to which the cache is faster than arrays
+
+_TOGETHER = 8 # blocks whose new chunks are merged side by side
 
 class _Encoder:
     "Text to ids, by the faster of two ways."
@@ -279,40 +355,31 @@ class _Encoder:
         if not has_rule(self.pattern):
             yield from ((number, np.array(self.encode(text), dtype=np.int32)) for number, text in enumerate(texts))
             return
-        for owners, parts in gather(texts, self.pattern):
-            ids, ends = self._block(cut_block(parts, self.pattern))
-            yield from zip(owners, np.split(ids, ends[:-1]), strict=True)
+        gathered = gather(texts, self.pattern)
+        while some := list(itertools.islice(gathered, _TOGETHER)):
+            blocks = [cut_block(parts, self.pattern) for _, parts in some]
+            for (owners, _), (ids, ends) in zip(some, self._blocks(blocks), strict=True):
+                yield from zip(owners, np.split(ids, ends[:-1]), strict=True)
 
-    def _block(self, block: ChunkBlock) -> tuple[np.ndarray, np.ndarray]: # ids; where each part ends
-        short = block.sizes <= LONGEST_KEY
-        places = zip(block.starts[~short].tolist(), block.sizes[~short].tolist(), strict=True)
-        long = self.cache.get_many([block.data[at:at + size].decode() for at, size in places], self.encode_chunk)
+    def _blocks(self, blocks: Sequence[ChunkBlock]) -> Iterator[tuple[np.ndarray, np.ndarray]]: # ids; where each part ends
+        short = [block.sizes <= LONGEST_KEY for block in blocks]
         with self._guard():
-            memo = self._memo = self._memo or _Memo(self.whole, self.ranks)
-            numbers = memo.numbers(chunk_keys(block, short))
-            begin, count, pool = memo.begin[numbers], memo.count[numbers], memo.pool
-        if long:
-            extra = np.array([len(ids) for ids in long])
-            begin, count = (_spread(short, *pair) for pair in ((begin, len(pool) + np.cumsum(extra) - extra), (count, extra)))
-            pool = np.concatenate((pool, np.fromiter(itertools.chain.from_iterable(long), dtype=np.int32)))
-        ids, ends = _read_pool(begin, count, pool)
-        return ids, np.concatenate(([0], ends))[block.ends]
+            memo = self._memo = self._memo or _Memo(_Side(self.whole, self.ranks))
+            numbers = memo.numbers([chunk_keys(*pair) for pair in zip(blocks, short, strict=True)])
+            begin, count, pool, side = memo.begin, memo.count, memo.pool, memo.side
+        long = [_longer(*pair) for pair in zip(blocks, short, strict=True)]
+        new = [chunk for chunk in dict.fromkeys(itertools.chain.from_iterable(long)) if chunk not in self.cache]
+        ready = _encode_together(new, self.whole, side)
+        for block, mask, own, chunks in zip(blocks, short, numbers, long, strict=True):
+            others = self.cache.get_many(chunks, lambda chunk: ready.get(chunk) or self.encode_chunk(chunk))
+            ids, ends = _read_pool(*_with_others(mask, begin[own], count[own], pool, others))
+            yield ids, np.concatenate(([0], ends))[block.ends]
 
     def _guard(self) -> threading.Lock:
         if self._process != os.getpid():
             self._memo = None if self._lock.locked() else self._memo
             self._lock, self._process = threading.Lock(), os.getpid()
         return self._lock
-
-def _spread(
-    where: np.ndarray, # (n,) bool
-    yes: np.ndarray, # values for the places that are True
-    no: np.ndarray, # for the others
-) -> np.ndarray: # (n,) int64
-    "Two arrays, as one."
-    values = np.empty(len(where), dtype=np.int64)
-    values[where], values[~where] = yes, no
-    return values
 
 # %% ../../nbs/15_tokenization.bpe.ipynb #c32d7508
 def _spell_out(
