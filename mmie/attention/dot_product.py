@@ -11,15 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 import math
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 import torch
 from torch import Tensor
 import torch.nn.functional as F
 from ..core import InputError, did_you_mean
-
-# %% ../../nbs/20_attention.dot_product.ipynb #bf19837d
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
 
 # %% ../../nbs/20_attention.dot_product.ipynb #e4f3ba64
 def attention_loop(
@@ -92,7 +88,8 @@ def _cut(x: Tensor, start: int, stop: int, spans: Sequence[tuple[int, int]]) -> 
     "The part of a matrix for these queries and these spans of keys; a dimension of one serves all."
     x = _four(x)
     x = x if x.shape[2] == 1 else x[:, :, start:stop]
-    return x if x.shape[3] == 1 else torch.cat([x[..., a:b] for a, b in spans], -1)
+    parts = [x if x.shape[3] == 1 else x[..., a:b] for a, b in spans]
+    return parts[0] if len(parts) == 1 or x.shape[3] == 1 else torch.cat(parts, -1)
 
 # %% ../../nbs/20_attention.dot_product.ipynb #b2e95d43
 @dataclass(frozen=True, slots=True)
@@ -106,6 +103,11 @@ class _Rules:
     bias: ScoreBias | None = None # added after the cap
     softcap: float | None = None # of the scores
 
+    @property
+    def ruled(self) -> bool: # and not just a matrix
+        "Whether a rule says who may look, so that parts of the square may be empty."
+        return self.causal or not (self.mask is None or isinstance(self.mask, Tensor))
+
     def spans(self, start: int, stop: int) -> list[tuple[int, int]]:
         "The ranges of keys that queries start … stop - 1 need."
         first, last = start + self.keys - self.queries, stop - 1 + self.keys - self.queries
@@ -117,8 +119,10 @@ class _Rules:
         self, start: int, stop: int, spans: Sequence[tuple[int, int]], device: torch.device,
     ) -> tuple[Tensor | None, Tensor | None]:
         "Who may look, and what is added, in four dimensions: for these queries and the keys of these spans."
-        i = torch.arange(start, stop, device=device)[:, None] + (self.keys - self.queries)
-        j = torch.cat([torch.arange(a, b, device=device) for a, b in spans])[None]
+        i = j = torch.empty(0)
+        if self.causal or callable(self.mask) or callable(self.bias): # a rule will ask for positions
+            i = torch.arange(start, stop, device=device)[:, None] + (self.keys - self.queries)
+            j = torch.cat([torch.arange(a, b, device=device) for a, b in spans])[None]
         may = _four(j <= i) if self.causal else None
         if self.mask is not None:
             mask = _cut(self.mask, start, stop, spans) if isinstance(self.mask, Tensor) else _four(self.mask(i, j))
@@ -257,38 +261,53 @@ class _Spans(torch.autograd.Function):
 def _block_size(rules: _Rules) -> int:
     "Queries to take at a time: all of them where no rule saves any keys."
     n = rules.queries
-    if not rules.causal and (rules.mask is None or isinstance(rules.mask, Tensor)):
+    if not rules.ruled:
         return n
     stops = {-(-n * quarter // 4) for quarter in (1, 2, 3, 4)}
     reach = max(sum(b - a for a, b in rules.spans(max(0, stop - 64), stop)) for stop in stops)
     return max(64, min(reach // 2, -(-n // 8)))
 
 # %% ../../nbs/20_attention.dot_product.ipynb #2774010a
+def _blind_rows(may: Tensor, none: bool) -> Tensor | None:
+    "Rows that see nothing, (…, queries, 1), or None if it's known or quickly seen that there are none."
+    if none:
+        return None
+    visible = may.any(-1, keepdim=True)
+    quick = not visible.is_cuda and not torch.compiler.is_compiling() # a GPU would have to be waited for
+    return None if quick and bool(visible.all()) else ~visible
+
+# %% ../../nbs/20_attention.dot_product.ipynb #897ed0cb
+_Block = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor] # (q, k, v, may look, bias) of a block → its answer
+
+def _one_block(q: Tensor, k: Tensor, v: Tensor, rules: _Rules, start: int, spans: Sequence[tuple[int, int]], block: _Block) -> Tensor:
+    "What queries from `start` on find in the keys of these spans; blind rows are zero."
+    may, bias = rules.part(start, start + q.shape[2], spans, q.device)
+    blind = None if may is None else _blind_rows(may, rules.mask is None and start + rules.keys >= rules.queries)
+    if may is None or blind is None:
+        return block(q, k, v, may, bias)
+    return block(q, k, v, may | blind, bias).masked_fill(blind, 0.0)
+
+# %% ../../nbs/20_attention.dot_product.ipynb #766b677f
 def _blockwise(
     q: Tensor, # (batch, heads, queries, head_dim)
     k: Tensor, # (batch, kv_heads, keys, head_dim)
     v: Tensor, # (batch, kv_heads, keys, value_dim)
     rules: _Rules, # what happens to the scores
-    block: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor], # (q, k, v, may look, bias) of a block → its answer
+    block: _Block, # the work on one block
 ) -> Tensor: # (batch, heads, queries, value_dim)
-    "Block by block of queries, each with the spans of keys that it may need; blind rows are zero."
+    "Block by block of queries, each with the spans of keys that it may need."
     n, size, outs = rules.queries, _block_size(rules), []
-    limits = [(start, min(start + size, n)) for start in range(0, n, size)]
-    spans = [rules.spans(*limit) for limit in limits]
-    flat = [span for of_block in spans for span in of_block]
-    pieces = [iter((x,) if flat == [(0, rules.keys)] else _Spans.apply(x, flat)) for x in (k, v)]
-    for part, (start, stop), of_block in zip(q.split(size, 2), limits, spans, strict=True):
+    if not rules.ruled:
+        return _one_block(q, k, v, rules, 0, [(0, rules.keys)], block)
+    spans = [rules.spans(start, min(start + size, n)) for start in range(0, n, size)]
+    pieces = [iter(_Spans.apply(x, [span for of_block in spans for span in of_block])) for x in (k, v)]
+    for start, part, of_block in zip(range(0, n, size), q.split(size, 2), spans, strict=True):
+        kv = [[next(piece) for _ in of_block] for piece in pieces]
         if not of_block:
             outs.append(v.new_zeros(*part.shape[:3], v.shape[3]))
             continue
-        kv = [[next(piece) for _ in of_block] for piece in pieces]
         keys, values = (x[0] if len(x) == 1 else torch.cat(x, 2) for x in kv)
-        may, bias = rules.part(start, stop, of_block, q.device)
-        if may is None:
-            outs.append(block(part, keys, values, None, bias))
-            continue
-        visible = may.any(-1, keepdim=True)
-        outs.append(block(part, keys, values, may | ~visible, bias).masked_fill(~visible, 0.0))
+        outs.append(_one_block(part, keys, values, rules, start, of_block, block))
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
 # %% ../../nbs/20_attention.dot_product.ipynb #1542c687
@@ -301,7 +320,7 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, rules: _Rules) -> Tensor:
     "Plain matrix products, block by block."
     if _plain(rules) and rules.causal:
         return _causal_blocks(q, k, v, rules.scale)
-    return _blockwise(q, k, v, rules, lambda *part: _products(*part, rules))
+    return _blockwise(q, k, v, rules, lambda q, k, v, may, bias: _products(q, k, v, may, bias, rules))
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, rules: _Rules) -> Tensor:
     "The fused kernel, block by block where there is structure; under a soft cap, which it doesn't know, plain products."
@@ -312,44 +331,48 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, rules: _Rules) -> Tensor:
     return _blockwise(q, k, v, rules, lambda q, k, v, may, bias: _kernel(q, k, v, may, bias, False, rules.scale))
 
 # %% ../../nbs/20_attention.dot_product.ipynb #ae28b604
-def _block_mask(rules: _Rules, pair: Callable[..., Tensor], device: torch.device) -> "BlockMask":
-    "For each 128 queries, the blocks of 128 keys that their spans touch."
-    from torch.nn.attention.flex_attention import BlockMask
-    n, m = rules.queries, rules.keys
-    rows = [sorted({c for a, b in rules.spans(start, min(start + 128, n)) for c in range(a // 128, -(-b // 128))}) for start in range(0, n, 128)]
-    indices = torch.zeros(1, 1, len(rows), -(-m // 128), dtype=torch.int32, device=device)
+def _touched(rules: _Rules, device: torch.device) -> tuple[Tensor, Tensor]:
+    "For each 128 queries: how many blocks of 128 keys their spans touch, (1, 1, blocks), and which, (1, 1, blocks, key blocks)."
+    n, m, rows = rules.queries, rules.keys, []
+    for start in range(0, n, 128):
+        rows.append(sorted({c for a, b in rules.spans(start, min(start + 128, n)) for c in range(a // 128, -(-b // 128))}))
+    which = torch.zeros(1, 1, len(rows), -(-m // 128), dtype=torch.int32)
     for row, columns in enumerate(rows):
-        indices[0, 0, row, :len(columns)] = torch.tensor(columns, dtype=torch.int32)
-    counts = torch.tensor([[[len(columns) for columns in rows]]], dtype=torch.int32, device=device)
-    return BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=128, mask_mod=pair, seq_lengths=(n, m))
+        which[0, 0, row, :len(columns)] = torch.tensor(columns, dtype=torch.int32)
+    return torch.tensor([[[len(columns) for columns in rows]]], dtype=torch.int32, device=device), which.to(device)
 
 # %% ../../nbs/20_attention.dot_product.ipynb #119fb18b
-@lru_cache(maxsize=2)
-def _flex_function(compiled: bool) -> Callable[..., Tensor]:
-    "FlexAttention, compiled where that pays."
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Callable[..., Tensor]:
+    "One compiled FlexAttention for all calls."
     from torch.nn.attention.flex_attention import flex_attention
-    return torch.compile(flex_attention) if compiled else flex_attention
+    return torch.compile(flex_attention)
+
+def _at(x: Tensor, *indices: Tensor) -> Tensor:
+    "One number of a matrix in up to four dimensions; a dimension of one serves all."
+    return _four(x)[tuple(i if size > 1 else 0 for i, size in zip(indices, _four(x).shape, strict=True))]
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, rules: _Rules) -> Tensor:
     "FlexAttention with these rules. Raises `InputError` where it can't."
-    if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise InputError("FlexAttention computes no gradients on a CPU", fix="take backend='auto', or torch.inference_mode()")
-    past = rules.keys - rules.queries
-    def at(x: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor: # one number of a matrix in four dimensions
-        return x[tuple(index if size > 1 else 0 for index, size in zip((b, h, i, j), x.shape, strict=True))]
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    if not q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise InputError("FlexAttention computes no gradients without a GPU", fix="take backend='auto', or torch.inference_mode()")
+    past, mask, bias = rules.keys - rules.queries, rules.mask, rules.bias
     def pair(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         may = j <= i + past if rules.causal else j >= 0
-        if isinstance(rules.mask, Tensor):
-            return may & at(_four(rules.mask), b, h, i, j)
-        return may if rules.mask is None else may & at(_four(rules.mask((i + past).view(1, 1), j.view(1, 1))), b, h, i, j)
+        given = None if mask is None else mask if isinstance(mask, Tensor) else mask((i + past).view(1, 1), j.view(1, 1))
+        return may if given is None else may & _at(given, b, h, i, j)
     def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         s = s if rules.softcap is None else rules.softcap * torch.tanh(s / rules.softcap)
-        if isinstance(rules.bias, Tensor):
-            return s + at(_four(rules.bias), b, h, i, j).to(s.dtype)
-        return s if rules.bias is None else s + at(_four(rules.bias((i + past).view(1, 1), j.view(1, 1))), b, h, i, j).to(s.dtype)
-    mask = None if rules.mask is None and not rules.causal else _block_mask(rules, pair, q.device)
-    mod = None if rules.bias is None and rules.softcap is None else score
-    return _flex_function(q.is_cuda)(q, k, v, mod, mask, rules.scale, q.shape[1] != k.shape[1])
+        given = None if bias is None else bias if isinstance(bias, Tensor) else bias((i + past).view(1, 1), j.view(1, 1))
+        return s if given is None else s + _at(given, b, h, i, j).to(s.dtype)
+    blocks = None
+    if rules.ruled or mask is not None:
+        shape = rules.queries, rules.keys
+        blocks = BlockMask.from_kv_blocks(*_touched(rules, q.device), BLOCK_SIZE=128, mask_mod=pair, seq_lengths=shape)
+    change = None if bias is None and rules.softcap is None else score
+    flex: Callable[..., Tensor] = _compiled_flex() if q.is_cuda else flex_attention
+    return flex(q, k, v, change, blocks, rules.scale, q.shape[1] != k.shape[1])
 
 # %% ../../nbs/20_attention.dot_product.ipynb #c9d1121d
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, _Rules], Tensor]] = {
@@ -418,8 +441,7 @@ def attention(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     rules = _Rules(n, m, scale, mask, causal and n > 1, bias, softcap)
     if backend == "auto":
-        ruled = mask is not None and not isinstance(mask, Tensor)
-        backend = choose_backend(q, k, sum(b - a for a, b in rules.spans(max(0, n - 64), n)) if ruled else None)
+        backend = choose_backend(q, k, sum(b - a for a, b in rules.spans(max(0, n - 64), n)) if rules.mask is not None else None)
     if backend not in BACKENDS:
         raise InputError(f"there is no backend {backend!r}", fix=did_you_mean(backend, [*BACKENDS, "auto"]))
     return BACKENDS[backend](q, k, v, rules)

@@ -6,14 +6,15 @@
 __all__ = ['LayerCache', 'Attention', 'attention_maps', 'KVCache', 'WindowCache']
 
 # %% ../../nbs/23_attention.multihead.ipynb #fd1ec529
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .dot_product import attention, attention_weights
-from .positions import RotaryEmbedding
-from ..core import InputError
+from .dot_product import BACKENDS, ScoreBias, Visibility, attention, attention_weights
+from .positions import ALiBi, RotaryEmbedding
+from ..core import InputError, did_you_mean
 
 # %% ../../nbs/23_attention.multihead.ipynb #8096ca45
 def _head_sizes(d_model: int, n_heads: int, n_kv_heads: int | None, head_dim: int | None) -> tuple[int, int, int]:
@@ -34,7 +35,7 @@ def _self_qkv(layer: "Attention", x: Tensor, position_ids: Tensor | int) -> tupl
     if layer.q_norm is not None and layer.k_norm is not None:
         q, k = qk.split((h, g), dim=1)
         qk = torch.cat((layer.q_norm(q), layer.k_norm(k)), dim=1).to(v.dtype)
-    if layer.positions is not None:
+    if layer.positions is not None and not isinstance(layer.positions, ALiBi):
         qk = layer.positions(qk, position_ids)
     q, k = qk.split((h, g), dim=1)
     return q, k, v
@@ -54,7 +55,7 @@ def _cross_qkv(layer: "Attention", x: Tensor, context: Tensor, cache: "LayerCach
     if layer.q_norm is not None:
         q = layer.q_norm(q).to(x.dtype)
     if cache is not None and cache.length:
-        return q, *cache.contents()
+        return q, *cache.append(q[:, :g, :0], q[:, :g, :0]) # nothing new: all that's there
     k, v = _part(layer.qkv_proj, context, h * d, (h + 2 * g) * d).unflatten(-1, (2 * g, d)).transpose(1, 2).chunk(2, dim=1)
     if layer.k_norm is not None:
         k = layer.k_norm(k).to(v.dtype)
@@ -76,40 +77,93 @@ class LayerCache(Protocol):
 # %% ../../nbs/23_attention.multihead.ipynb #dedfb002
 @dataclass(frozen=True, slots=True)
 class _Near:
-    "Which keys a windowed layer sees."
+    "Which keys a windowed layer sees: a `Visibility`."
     window: int # keys, its own place included
     sinks: int # places at the start that everybody sees
     causal: bool # hide the future as well
 
-    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
-        back = q - k
-        near = (back < self.window) & (back > -self.window) | (k < self.sinks)
+    def __call__(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+        back = q_positions - k_positions
+        near = (back < self.window) & (back > -self.window) | (k_positions < self.sinks)
         return near & (back >= 0) if self.causal else near
 
-# %% ../../nbs/23_attention.multihead.ipynb #870a732c
-def _mask(layer: "Attention", mask: Tensor | None, cache: LayerCache | None, queries: int, keys: int) -> Tensor | None:
-    "The caller's mask and the layer's window in one, about the keys at hand; None where nothing is hidden but the future."
-    if isinstance(mask, Tensor) and cache is not None and cache.length > keys and mask.shape[-1] > 1:
-        mask = mask[..., cache.positions()]
-    if layer.window is None or keys <= layer.window + layer.sinks:
-        return mask
-    places = torch.arange(keys, device=layer.o_proj.weight.device)
-    near = _Near(layer.window, layer.sinks, layer.causal)(places[keys - queries:, None], places)
-    return near if mask is None else near & mask
+    def spans(self, first: int, last: int, keys: int) -> list[tuple[int, int]]:
+        start, stop = first - self.window + 1, min(keys, last + (1 if self.causal else self.window))
+        return [(0, stop)] if start <= self.sinks else [(0, self.sinks), (start, stop)][self.sinks == 0:]
+
+# %% ../../nbs/23_attention.multihead.ipynb #940ccc08
+@dataclass(frozen=True, slots=True)
+class _Both:
+    "Near, and not hidden by the caller either."
+    near: _Near
+    mask: Tensor | Visibility # the caller's; a matrix is broadcastable to (batch, heads, queries, keys)
+    past: int # keys before the first query
+
+    def __call__(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+        if not isinstance(self.mask, Tensor):
+            return self.near(q_positions, k_positions) & self.mask(q_positions, k_positions)
+        part = self.mask[(None,) * (4 - self.mask.dim())]
+        part = part if part.shape[2] == 1 else part[:, :, q_positions.flatten() - self.past]
+        return self.near(q_positions, k_positions) & (part if part.shape[3] == 1 else part[..., k_positions.flatten()])
+
+    def spans(self, first: int, last: int, keys: int) -> list[tuple[int, int]]:
+        return self.near.spans(first, last, keys)
 
 # %% ../../nbs/23_attention.multihead.ipynb #61a7408d
-def _check_options(layer: "Attention") -> None:
-    "Refuse numbers that make no sense, alone or together."
-    for name, value, least in (("window", layer.window, 1), ("sinks", layer.sinks, 0), ("softcap", layer.softcap, 1e-30), ("scale", layer.scale, 1e-30)):
-        if value is not None and not value >= least:
-            raise InputError(f"{name}={value} makes no sense", fix=f"take {'a positive number' if least else 'zero or more'}, or leave it out")
-    if layer.sinks and layer.window is None:
-        raise InputError(f"sinks={layer.sinks} without a window: everything is seen anyway", fix="give a window, or leave sinks out")
-    if isinstance(layer.positions, RotaryEmbedding) and layer.positions.head_dim != layer.head_dim:
-        raise InputError(f"the rotation is for heads of {layer.positions.head_dim} numbers, these have {layer.head_dim}",
-                         fix=f"use RotaryEmbedding({layer.head_dim})")
+@dataclass(frozen=True, slots=True)
+class _Held:
+    "A rule about positions, asked about keys in the order in which a forgetful cache returns them."
+    rule: Callable[[Tensor, Tensor], Tensor] # who may look, or what to add
+    positions: Tensor # of the keys, (keys,)
+    forgotten: int # positions the cache no longer has
+
+    def __call__(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+        return self.rule(q_positions + self.forgotten, self.positions[k_positions])
+
+    def spans(self, first: int, last: int, keys: int) -> list[tuple[int, int]]:
+        return [(0, keys)]
 
 # %% ../../nbs/23_attention.multihead.ipynb #5286700d
+def _rules(
+    layer: "Attention", mask: Tensor | Visibility | None, cache: LayerCache | None, queries: int, keys: int,
+) -> tuple[Tensor | Visibility | None, ScoreBias | None]:
+    "Who may look, and what is added, about the keys at hand; None where nothing is hidden but the future."
+    bias: Callable[[Tensor, Tensor], Tensor] | None = layer.positions if isinstance(layer.positions, ALiBi) else None
+    if cache is not None and cache.length > keys and (mask is not None or bias is not None):
+        held, forgotten = cache.positions(), cache.length - keys
+        if isinstance(mask, Tensor):
+            mask = mask[..., held] if mask.shape[-1] > 1 else mask
+        elif mask is not None:
+            mask = _Held(mask, held, forgotten)
+        bias = None if bias is None else _Held(bias, held, forgotten)
+    if layer.window is None or keys <= layer.window + layer.sinks:
+        return mask, bias
+    near = _Near(layer.window, layer.sinks, layer.causal)
+    return near if mask is None else _Both(near, mask, keys - queries), bias
+
+# %% ../../nbs/23_attention.multihead.ipynb #9b88886e
+def _check_numbers(layer: "_Heads") -> None:
+    "Refuse numbers that make no sense, alone or together."
+    for name, value in (("window", layer.window), ("softcap", layer.softcap), ("scale", layer.scale)):
+        if value is not None and not value > 0:
+            raise InputError(f"{name}={value} makes no sense", fix="take a positive number, or leave it out")
+    if layer.sinks < 0 or (layer.sinks and layer.window is None):
+        problem = "makes no sense" if layer.sinks < 0 else "without a window keeps what nobody forgets"
+        raise InputError(f"sinks={layer.sinks} {problem}", fix="take zero, or a positive number with a window")
+    if layer.backend not in (*BACKENDS, "auto"):
+        raise InputError(f"there is no backend {layer.backend!r}", fix=did_you_mean(layer.backend, [*BACKENDS, "auto"]))
+
+def _check_positions(layer: "_Heads") -> None:
+    "Refuse positions made for other heads."
+    positions = layer.positions
+    if isinstance(positions, RotaryEmbedding) and positions.head_dim != layer.head_dim:
+        raise InputError(f"the rotation is for heads of {positions.head_dim} numbers, these have {layer.head_dim}",
+                         where="positions", fix=f"use RotaryEmbedding({layer.head_dim})")
+    if isinstance(positions, ALiBi) and positions.n_heads != layer.n_heads:
+        raise InputError(f"this ALiBi has slopes for {positions.n_heads} heads, the layer has {layer.n_heads}",
+                         where="positions", fix=f"use ALiBi({layer.n_heads})")
+
+# %% ../../nbs/23_attention.multihead.ipynb #8ce72c04
 class _Heads(nn.Module):
     "The matrices of a layer, and the rules it keeps."
     def __init__(
@@ -119,7 +173,7 @@ class _Heads(nn.Module):
         n_kv_heads: int | None = None, # key/value heads, a divisor of n_heads: None for as many (MHA), 1 for MQA
         *,
         head_dim: int | None = None, # numbers per head, d_model / n_heads by default
-        positions: nn.Module | None = None, # turns queries and keys by their place, e.g. RotaryEmbedding
+        positions: nn.Module | None = None, # RotaryEmbedding, ALiBi, or any module called as positions(heads, where)
         window: int | None = None, # how many keys each query sees, its own place included; None: all
         sinks: int = 0, # places at the start that stay visible behind the window
         softcap: float | None = None, # bounds the scores to ±softcap, smoothly
@@ -134,33 +188,48 @@ class _Heads(nn.Module):
         self.n_heads, self.n_kv_heads, self.head_dim = _head_sizes(d_model, n_heads, n_kv_heads, head_dim)
         self.positions, self.backend, self.causal = positions, backend, causal
         self.window, self.sinks, self.softcap, self.scale = window, sinks, softcap, scale
-        _check_options(self)
+        _check_numbers(self)
+        _check_positions(self)
         self.qkv_proj = nn.Linear(d_model, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim, bias=bool(bias))
         self.o_proj = nn.Linear(self.n_heads * self.head_dim, d_model, bias=bias is True)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
 
-# %% ../../nbs/23_attention.multihead.ipynb #a9991e6f
+# %% ../../nbs/23_attention.multihead.ipynb #6b305eee
+def _check_call(layer: "_Heads", context: Tensor | None, cache: LayerCache | None, position_ids: Tensor | None) -> None:
+    "Refuse what can only be seen when the layer is used."
+    if context is not None and (layer.window is not None or isinstance(layer.positions, ALiBi)):
+        raise InputError("a window or ALiBi means distances, and there's none between two texts", where="context",
+                         fix="use a layer without for cross attention")
+    if cache is not None and context is None and not layer.causal:
+        raise InputError("a layer that sees the future can't work word by word", where="cache", fix="use causal=True, or no cache")
+    if layer.sinks and position_ids is not None and position_ids.dim() == 2 and len(position_ids) > 1:
+        raise InputError("sinks are the first places of a row, and left padding has put filler there", where="position_ids",
+                         fix="take rows of one length and no padding, or a window without sinks")
+
+# %% ../../nbs/23_attention.multihead.ipynb #bdfba8c0
 class Attention(_Heads):
     "Multi-head, multi-query, grouped-query and cross attention (Vaswani et al. 2017, Shazeer 2019, Ainslie et al. 2023)."
     def forward(
         self,
         x: Tensor, # (batch, length, d_model)
         context: Tensor | None = None, # (batch, keys, d_model), to look at instead of x itself: cross attention
-        mask: Tensor | None = None, # boolean, broadcastable to (batch, heads, length, keys), True = may look
+        mask: Tensor | Visibility | None = None, # boolean, broadcastable to (batch, heads, length, keys), True = may look; or its rule
         cache: LayerCache | None = None, # holds the earlier positions, and takes these
         position_ids: Tensor | None = None, # (length,) or (batch, length); None: they go on where the cache ends
     ) -> Tensor: # (batch, length, d_model)
-        "Look, and bring back what was found. Raises `InputError`."
+        "Look, and bring back what was found. Raises `InputError` for what doesn't go together."
+        bias: ScoreBias | None = None
+        _check_call(self, context, cache, position_ids)
         if context is not None:
             q, k, v = _cross_qkv(self, x, context, cache)
         else:
             past = 0 if cache is None else cache.length
             q, k, v = _self_qkv(self, x, past if position_ids is None else position_ids)
             k, v = (k, v) if cache is None else cache.append(k, v)
-            mask = _mask(self, mask, cache, q.shape[2], k.shape[2])
-        options = {"softcap": self.softcap} if self.softcap is not None else {}
-        found = attention(q, k, v, mask=mask, causal=self.causal and context is None, scale=self.scale, backend=self.backend, **options)
+            mask, bias = _rules(self, mask, cache, q.shape[2], k.shape[2])
+        found = attention(q, k, v, mask=mask, causal=self.causal and context is None, bias=bias, softcap=self.softcap,
+                          scale=self.scale, backend=self.backend)
         return self.o_proj(found.transpose(1, 2).flatten(2))
 
     def new_cache(
@@ -180,12 +249,18 @@ def attention_maps(
     layer: Attention, # any of its kinds
     x: Tensor, # (batch, length, d_model), what the layer would receive
     context: Tensor | None = None, # (batch, keys, d_model) for cross attention
-    mask: Tensor | None = None, # boolean, True = may look
+    mask: Tensor | Visibility | None = None, # boolean, True = may look; or its rule
     position_ids: Tensor | int = 0, # positions of x, or of its first word
 ) -> Tensor: # (batch, heads, length, keys), rows sum to 1, or to 0 where a word sees nothing
     "Who looks at whom, computed beside the layer and not inside it, so that the layer stays fast."
-    q, k, _ = _self_qkv(layer, x, position_ids) if context is None else _cross_qkv(layer, x, context, None)
-    return attention_weights(q, k, mask=mask, causal=layer.causal and context is None)
+    bias: ScoreBias | None = None
+    if context is None:
+        q, k, _ = _self_qkv(layer, x, position_ids)
+        mask, bias = _rules(layer, mask, None, q.shape[2], k.shape[2])
+    else:
+        q, k, _ = _cross_qkv(layer, x, context, None)
+    causal = layer.causal and context is None
+    return attention_weights(q, k, mask=mask, causal=causal, bias=bias, softcap=layer.softcap, scale=layer.scale)
 
 # %% ../../nbs/23_attention.multihead.ipynb #ae89317d
 class _Memory:

@@ -180,15 +180,15 @@ def _ntk(scaling: "RopeScaling", dim: int, theta: float) -> Tensor:
 # %% ../../nbs/22_attention.positions.ipynb #b3ba033b
 def _by_turns(scaling: "RopeScaling", dim: int, theta: float) -> Tensor:
     "Llama 3.1: a ramp over the turns that a pair made in training."
-    omega, a, b = frequencies(dim, theta), scaling.slow_turns, scaling.fast
+    omega, a, b = frequencies(dim, theta), scaling.slow_turns, _fast(scaling)
     turns = (scaling.original_length or 1) * omega / (2 * math.pi)
     return torch.lerp(omega / scaling.factor, omega, ((turns - a) / (b - a)).clamp(0, 1))
 
 # %% ../../nbs/22_attention.positions.ipynb #e0468388
 def _by_pairs(scaling: "RopeScaling", dim: int, theta: float) -> Tensor:
-    "YaRN (Peng et al., 2023): a ramp over the pairs, from the one that turned `fast` times to the one that turned `slow_turns` times."
+    "YaRN (Peng et al., 2023): a ramp over the pairs, from the one that turned 32 times to the one that turned once."
     omega, length = frequencies(dim, theta), scaling.original_length or 1
-    first, last = (dim / 2 * math.log(length / (2 * math.pi * r), theta) for r in (scaling.fast, scaling.slow_turns))
+    first, last = (dim / 2 * math.log(length / (2 * math.pi * r), theta) for r in (_fast(scaling), scaling.slow_turns))
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first = max(first, 0)
@@ -197,6 +197,10 @@ def _by_pairs(scaling: "RopeScaling", dim: int, theta: float) -> Tensor:
     return torch.lerp(omega, omega / scaling.factor, slowed.clamp(0, 1))
 
 # %% ../../nbs/22_attention.positions.ipynb #6c525a4c
+def _fast(scaling: "RopeScaling") -> float:
+    "From how many turns on a pair stays as it is."
+    return scaling.fast_turns or (32.0 if scaling.kind == "yarn" else 4.0)
+
 def _misfit(scaling: "RopeScaling") -> str | None:
     "What's wrong with a combination of settings, if anything."
     by_parts = scaling.kind in ("llama3", "yarn")
@@ -207,8 +211,8 @@ def _misfit(scaling: "RopeScaling") -> str | None:
         return f"{scaling.kind!r} scaling has no use for {', '.join(idle)}"
     if by_parts and scaling.original_length is None:
         return f"{scaling.kind!r} scaling needs original_length, the words of a text in training"
-    if by_parts and scaling.fast <= scaling.slow_turns:
-        return f"fast_turns = {scaling.fast:g} must be more than slow_turns = {scaling.slow_turns:g}"
+    if by_parts and _fast(scaling) <= scaling.slow_turns:
+        return f"fast_turns = {_fast(scaling):g} must be more than slow_turns = {scaling.slow_turns:g}"
     return None
 
 # %% ../../nbs/22_attention.positions.ipynb #0e9f0141
@@ -227,11 +231,6 @@ class RopeScaling(Settings):
         if misfit := _misfit(self):
             raise ValueError(misfit)
         return self
-
-    @property
-    def fast(self) -> float: # turns
-        "From how many turns on a pair stays as it is."
-        return self.fast_turns or (32.0 if self.kind == "yarn" else 4.0)
 
     @property
     def magnitude(self) -> float: # 1 except for yarn

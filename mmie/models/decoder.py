@@ -7,9 +7,11 @@ __all__ = ['PRESETS', 'IGNORE', 'ModelConfig', 'count_parameters', 'DecoderCache
            'DecoderLM', 'init_decoder', 'next_token_loss', 'save_decoder', 'load_decoder']
 
 # %% ../../nbs/32_models.decoder.ipynb #90a424df
+import importlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import safetensors.torch
 import torch
@@ -20,27 +22,34 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from typing_extensions import Self
 
-from ..attention.multihead import Attention, KVCache
-from ..attention.positions import RotaryEmbedding
+from ..attention.multihead import Attention, LayerCache
+from ..attention.positions import RopeScaling, RotaryEmbedding
 from ..core import InputError, Settings, atomic_write, did_you_mean
 from .generation import generate as generate_tokens
-from .layers import Block, MlpKind, NormKind, default_hidden, init_block, make_mlp, make_norm
+from .layers import GATED, Block, MlpKind, NormKind, default_hidden, init_block, make_mlp, make_norm
+
+# %% ../../nbs/32_models.decoder.ipynb #0bc2e2bc
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # %% ../../nbs/32_models.decoder.ipynb #3fa73935
+_TOGETHER = (("sinks", "window"), ("full_every", "window")) # options that mean nothing without another
+
 def _misfit(
     config: "ModelConfig", # every field in its range
 ) -> str | None: # what is wrong and what to do, or nothing
     "Fields that are fine alone and impossible together."
     d, heads, kv_heads = config.d_model, config.n_heads, config.n_kv_heads or config.n_heads
-    if d % heads:
+    if d % heads and config.head_dim is None:
         near = min((h for h in range(1, d + 1) if d % h == 0), key=lambda h: (abs(h - heads), -h))
         return f"d_model={d} doesn't split into n_heads={heads}: use n_heads={near}, or d_model={-(-d // heads) * heads}"
     if heads % kv_heads:
         fitting = [h for h in range(1, heads + 1) if heads % h == 0]
         return f"n_heads={heads} can't share n_kv_heads={kv_heads} evenly: use one of {fitting}"
-    if config.positions == "rope" and config.head_dim % 2:
-        return f"RoPE turns pairs of numbers and a head has {config.head_dim}: make d_model / n_heads even, or use positions='learned'"
-    return None
+    if config.positions == "rope" and config.head_size % 2:
+        return f"RoPE turns pairs of numbers and a head has {config.head_size}: make head_dim even, or use positions='learned'"
+    return next((f"{option} without {needed} changes nothing: set both, or neither" for option, needed in _TOGETHER
+                 if getattr(config, option) and not getattr(config, needed)), None)
 
 # %% ../../nbs/32_models.decoder.ipynb #fd1eac7b
 PRESETS: dict[str, dict[str, object]] = {
@@ -65,20 +74,31 @@ class ModelConfig(Settings):
     norm_eps: float = Field(1e-5, gt=0) # keeps norms from dividing by zero
     positions: Literal["rope", "learned", "none"] = "rope" # turned queries and keys (Llama), a learned table (GPT-2), nothing
     rope_theta: float = Field(10_000.0, gt=1) # ratio of RoPE's slowest to fastest wave
+    rope_scaling: RopeScaling | None = None # slower waves, for texts longer than those of the training (Llama 3)
     tie_embeddings: bool = True # write with the matrix that reads
-    bias: bool = False # biases on the matrices of attention and MLP
-    qk_norm: bool = False # normalize queries and keys
+    bias: bool | Literal["qkv", "attention"] = False # biases on all matrices, on those of queries, keys and values (Qwen-2), on attention's
+    qk_norm: bool = False # normalize queries and keys (Qwen-3)
+    qk_norm_eps: float = Field(1e-6, gt=0) # keeps those norms from dividing by zero
+    head_dim: int | None = Field(None, ge=1) # numbers per head (None: d_model / n_heads)
+    window: int | None = Field(None, ge=1) # keys that a position sees, itself included (None: all so far)
+    full_every: int | None = Field(None, ge=1) # with a window: every so many layers, one sees all (Gemma-2: 2)
+    sinks: int = Field(0, ge=0) # with a window: positions at the very start that stay visible
+    softcap: float | None = Field(None, gt=0) # bends attention scores into ± this (Gemma-2)
+    attention_scale: float | None = Field(None, gt=0) # multiplies attention scores (None: 1 / √head_dim)
+    logit_softcap: float | None = Field(None, gt=0) # bends logits into ± this (Gemma-2)
+    embedding_scale: float = Field(1.0, gt=0) # multiplies what the embeddings give (Gemma: √d_model)
+    post_norms: bool = False # norms at the end of each branch too (Gemma-2)
     attention_backend: Literal["auto", "sdpa", "explicit", "reference"] = "auto" # how; the result is the same
     embedding_std: float | None = Field(None, gt=0) # of fresh embeddings (None: 0.35 / √d_model)
 
     @property
-    def head_dim(self) -> int: # d_model / n_heads
+    def head_size(self) -> int: # head_dim, or d_model / n_heads
         "Numbers per head."
-        return self.d_model // self.n_heads
+        return self.head_dim or self.d_model // self.n_heads
 
     @property
     def stream_std(self) -> float: # embedding_std, or its default
-        "Size of what enters a fresh stack."
+        "Size of fresh embeddings."
         return self.embedding_std or 0.35 / self.d_model**0.5
 
     @model_validator(mode="after")
@@ -100,15 +120,15 @@ def count_parameters(
 ) -> dict[str, int]: # by part; the values add up to the model's size
     "How many numbers a model of this shape will hold, and where."
     c, d = config, config.d_model
-    heads, kv_heads, hidden = c.n_heads, c.n_kv_heads or c.n_heads, c.hidden or default_hidden(c.mlp, d)
-    gated = c.mlp in ("swiglu", "geglu")
-    qkv, bias = (heads + 2 * kv_heads) * c.head_dim, int(c.bias)
+    heads, kv_heads, hidden = c.n_heads * c.head_size, (c.n_kv_heads or c.n_heads) * c.head_size, c.hidden or default_hidden(c.mlp, d)
+    matrices, qkv = 3 if c.mlp in GATED else 2, heads + 2 * kv_heads
+    biases = (qkv if c.bias else 0) + (d if c.bias in (True, "attention") else 0)
     norm = d * (2 if c.norm == "layernorm" else 1)
     return {
         "embeddings": c.vocab_size * d * (1 if c.tie_embeddings else 2) + (c.max_length * d if c.positions == "learned" else 0),
-        "attention": c.n_layers * (d * qkv + d * d + bias * (qkv + d) + (2 * c.head_dim if c.qk_norm else 0)),
-        "MLPs": c.n_layers * ((3 if gated else 2) * d * hidden + bias * ((2 if gated else 1) * hidden + d)),
-        "norms": (2 * c.n_layers + 1) * norm,
+        "attention": c.n_layers * (d * qkv + heads * d + biases + (2 * c.head_size if c.qk_norm else 0)),
+        "MLPs": c.n_layers * (matrices * d * hidden + ((matrices - 1) * hidden + d if c.bias is True else 0)),
+        "norms": ((4 if c.post_norms else 2) * c.n_layers + 1) * norm,
     }
 
 # %% ../../nbs/32_models.decoder.ipynb #d10f40af
@@ -116,7 +136,7 @@ class DecoderCache:
     "The keys and values of every layer."
     def __init__(
         self,
-        layers: list[KVCache], # one for each block
+        layers: Sequence[LayerCache], # one for each block
     ) -> None:
         self.layers = layers
 
@@ -136,7 +156,7 @@ class DecoderCache:
     ) -> None:
         "Go on with these rows, in this order."
         for layer in self.layers:
-            layer.k, layer.v = layer.k[rows], layer.v[rows]
+            layer.select(rows)
 
     def truncate(
         self,
@@ -166,11 +186,15 @@ def padding_mask(
     return mask, (places[start:] - padding[:, None]).clamp(min=0)
 
 # %% ../../nbs/32_models.decoder.ipynb #89492bd4
-def _block(config: ModelConfig, rope: RotaryEmbedding | None) -> Block:
-    "One block of the stack, as the config wants it; the rotation is shared by all."
+def _block(config: ModelConfig, rope: RotaryEmbedding | None, n: int) -> Block:
+    "Block number n of the stack, as the config wants it; the rotation is shared by all."
     c = config
-    attention = Attention(c.d_model, c.n_heads, c.n_kv_heads, positions=rope, bias=c.bias, qk_norm=c.qk_norm, backend=c.attention_backend)
-    return Block(c.d_model, attention, make_mlp(c.mlp, c.d_model, c.hidden, c.bias), c.norm, c.norm_eps)
+    local = c.window is not None and not (c.full_every and (n + 1) % c.full_every == 0)
+    attention = Attention(
+        c.d_model, c.n_heads, c.n_kv_heads, head_dim=c.head_dim, positions=rope, window=c.window if local else None, sinks=c.sinks if local else 0,
+        softcap=c.softcap, scale=c.attention_scale, bias="qkv" if c.bias == "qkv" else bool(c.bias), qk_norm=c.qk_norm, norm_eps=c.qk_norm_eps,
+        backend=c.attention_backend)
+    return Block(c.d_model, attention, make_mlp(c.mlp, c.d_model, c.hidden, c.bias is True), c.norm, c.norm_eps, c.post_norms)
 
 def _check_ids(ids: Tensor, seen: int, config: ModelConfig) -> None:
     "Say what is wrong with the ids' shape or number."
@@ -190,10 +214,10 @@ class DecoderTrunk(nn.Module):
         super().__init__()
         c = self.config = config
         with torch.device("cpu"): # RoPE's few frequencies are in no file: they're real even where a model is built without memory
-            rope = RotaryEmbedding(c.head_dim, theta=c.rope_theta) if c.positions == "rope" else None
+            rope = RotaryEmbedding(c.head_size, theta=c.rope_theta, scaling=c.rope_scaling) if c.positions == "rope" else None
         self.embedding = nn.Embedding(c.vocab_size, c.d_model)
         self.position_embedding = nn.Embedding(c.max_length, c.d_model) if c.positions == "learned" else None
-        self.blocks = nn.ModuleList(_block(c, rope) for _ in range(c.n_layers))
+        self.blocks = nn.ModuleList(_block(c, rope, n) for n in range(c.n_layers))
         self.norm = make_norm(c.norm, c.d_model, c.norm_eps)
 
     def features(
@@ -207,6 +231,8 @@ class DecoderTrunk(nn.Module):
         _check_ids(ids, start, self.config)
         mask, places = (None, None) if padding is None else padding_mask(padding, start, ids.shape[1])
         x = self.embedding(ids)
+        if self.config.embedding_scale != 1:
+            x = x * self.config.embedding_scale
         if self.position_embedding is not None:
             x = x + self.position_embedding(torch.arange(start, start + ids.shape[1], device=ids.device) if places is None else places)
         for i, block in enumerate(self.blocks):
@@ -228,10 +254,11 @@ def make_cache(
     c, place = model.config, model.device
     mixed = torch.is_autocast_enabled(place.type)
     dtype = torch.get_autocast_dtype(place.type) if mixed else next(model.norm.parameters()).dtype
-    layer = (batch, c.n_kv_heads or c.n_heads, max_length or c.max_length, c.head_dim, dtype, place)
-    return DecoderCache([KVCache(*layer) for _ in range(c.n_layers)])
+    return DecoderCache([block.attention.new_cache(batch, max_length or c.max_length, dtype, place) for block in model.blocks])
 
 # %% ../../nbs/32_models.decoder.ipynb #e4f2edeb
+_PRETRAINED = "mmie.models.pretrained" # a later chapter, asked only when needed
+
 class DecoderLM(DecoderTrunk):
     "A decoder-only language model. Radford et al. 2019, Touvron et al. 2023."
     def __init__(
@@ -248,7 +275,9 @@ class DecoderLM(DecoderTrunk):
         features: Tensor, # (..., d_model)
     ) -> Tensor: # (..., vocab)
         "A score for every token."
-        return F.linear(features, self.embedding.weight) if self.head is None else self.head(features)
+        logits = F.linear(features, self.embedding.weight) if self.head is None else self.head(features)
+        cap = self.config.logit_softcap
+        return logits if cap is None else (logits / cap).tanh() * cap
 
     def forward(
         self,
@@ -278,6 +307,19 @@ class DecoderLM(DecoderTrunk):
         "Read what `save` wrote. Raises `InputError` if the folder holds something else, or something damaged."
         return load_decoder(folder, device)
 
+    @classmethod
+    def from_hf(cls, source: "nn.Module | str | Path", **options: object) -> "DecoderLM": # see `load_hf`
+        "A Hugging Face model, folder or hub name as one of ours. Raises `InputError` for what we don't have."
+        return importlib.import_module(_PRETRAINED).load_hf(source, **options)
+
+    def to_hf(self) -> "PreTrainedModel": # a copy
+        "The same model in transformers. Raises `InputError` if it has none like it."
+        return importlib.import_module(_PRETRAINED).as_transformers(self)
+
+    def save_hf(self, folder: str | Path, tokenizer: object = None, **options: object) -> None: # see `save_hf_folder`
+        "Write a folder that transformers loads. Raises `InputError` if it has no model like this."
+        importlib.import_module(_PRETRAINED).save_hf_folder(self, folder, tokenizer, **options)
+
 # %% ../../nbs/32_models.decoder.ipynb #b6d315af
 def init_decoder(
     model: DecoderLM, # changed in place; random numbers come from torch's generator
@@ -287,7 +329,7 @@ def init_decoder(
         if table is not None:
             nn.init.normal_(table.weight, std=model.config.stream_std)
     for block in model.blocks:
-        init_block(block, model.config.n_layers, model.config.stream_std) # type: ignore[arg-type]
+        init_block(block, model.config.n_layers, model.config.stream_std * model.config.embedding_scale) # type: ignore[arg-type]
 
 # %% ../../nbs/32_models.decoder.ipynb #0a6e2f35
 IGNORE = -100
@@ -355,8 +397,9 @@ def _read_config(path: Path) -> ModelConfig:
         raise InputError(f"not JSON ({error})", where=str(path), fix="the file is damaged: copy the folder again") from error
     ours = isinstance(record, dict) and record.get("mmie") == "decoder" and isinstance(record.get("model"), dict)
     if not ours:
-        whose = "a Hugging Face model" if isinstance(record, dict) and "model_type" in record else "something else"
-        raise InputError(f"this config belongs to {whose}", where=str(path), fix="name a folder that DecoderLM.save wrote")
+        theirs = isinstance(record, dict) and "model_type" in record
+        whose, fix = ("a Hugging Face model", "use DecoderLM.from_hf") if theirs else ("something else", "name a folder that DecoderLM.save wrote")
+        raise InputError(f"this config belongs to {whose}", where=str(path), fix=fix)
     if record.get("version") != 1:
         raise InputError(f"unknown format version {record.get('version')}", where=str(path), fix="it's from a newer mmie: update")
     return ModelConfig(**record["model"])

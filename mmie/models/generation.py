@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Cache', 'CausalLM', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'Sampling', 'filter_logits', 'sampling_figure', 'draw',
-           'dart_streams', 'choose', 'Continuation', 'LogitProcessor', 'RepetitionPenalty', 'pad_left', 'generate',
-           'generate_stream', 'DecodesBytes', 'stream_text', 'StopStrings']
+           'dart_streams', 'choose', 'Continuation', 'LogitProcessor', 'RepetitionPenalty', 'pad_left',
+           'checked_prompts', 'without_grad', 'generate', 'generate_stream', 'DecodesBytes', 'stream_text',
+           'StopStrings']
 
 # %% ../../nbs/31_models.generation.ipynb #4fa9463c
 import codecs
@@ -315,7 +316,7 @@ def _steps(
             rows, going = [row for row, on in zip(rows, going, strict=True) if on], [True] * len(kept)
 
 # %% ../../nbs/31_models.generation.ipynb #49042c1d
-def _checked_prompts(
+def checked_prompts(
     prompts: Tensor | Sequence[Sequence[int]], # what the caller gave
     max_new_tokens: int, # how many to add at most
     max_length: int | None, # what the model can look at
@@ -336,10 +337,10 @@ def _checked_prompts(
     return [list(row) for row in rows]
 
 # %% ../../nbs/31_models.generation.ipynb #e77400f6
-def _scope(
+def without_grad(
     model: CausalLM, # a module, or anything that quacks
 ) -> contextlib.AbstractContextManager[object]:
-    "No gradients, and a module in eval mode."
+    "No gradients inside, and a module in evaluation mode."
     return inference(model) if isinstance(model, nn.Module) else torch.inference_mode()
 
 def _rules(
@@ -376,11 +377,11 @@ def generate(
 ) -> list[list[int]]: # the new tokens of each row
     "Continue prompts. A batch gives each row what it would get alone. Raises `InputError` for prompts that can't be continued."
     rules = _rules(Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p), eos_id, repetition_penalty, processors, stop)
-    rows = [Continuation(row, [], max_new_tokens) for row in _checked_prompts(prompts, max_new_tokens, model.max_length)]
+    rows = [Continuation(row, [], max_new_tokens) for row in checked_prompts(prompts, max_new_tokens, model.max_length)]
     if rows and max_new_tokens:
         ids, padding = pad_left([row.prompt for row in rows])
         darts, on = dart_streams(seed, len(rows), max_new_tokens), model.device
-        with _scope(model):
+        with without_grad(model):
             for _ in _steps(model, ids.to(on), None if padding is None else padding.to(on), darts.to(on), rows, rules):
                 pass
     return [row.new for row in rows]
@@ -403,13 +404,13 @@ def generate_stream(
 ) -> Iterator[int]: # new tokens, each as soon as it's drawn
     "Continue one prompt, token by token: what `generate` would return, without the wait."
     rules = _rules(Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p), eos_id, repetition_penalty, processors, stop)
-    row = Continuation(_checked_prompts([prompt], max_new_tokens, model.max_length)[0], [], max_new_tokens)
+    row = Continuation(checked_prompts([prompt], max_new_tokens, model.max_length)[0], [], max_new_tokens)
     darts = dart_streams(seed, 1, max_new_tokens).to(model.device)
     steps = _steps(model, torch.tensor([row.prompt], device=model.device), None, darts, [row], rules)
 
     def tokens() -> Iterator[int]:
         while True:
-            with _scope(model):
+            with without_grad(model):
                 step = next(steps, [])
             if not step:
                 return

@@ -146,17 +146,17 @@ def _pair_keys(
 
 def _encode_rows(
     ids: np.ndarray, # (chunks, columns) int32: ids of their bytes, −1 behind the end; overwritten
+    found: np.ndarray, # (chunks, columns − 1) int32: rank of each with the next; overwritten
     pairs: KeyTable, # of pairs that have a merge
     ranks: np.ndarray, # (pairs + 1,) int32: their ranks, and _NO_MERGE behind
     results: np.ndarray, # rank → id
 ) -> np.ndarray: # (chunks, columns) int32: ids of their tokens, −1 behind the end
     "Merge many chunks side by side."
     def look_up(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        return ranks[pairs.find(_pair_keys(first, second))]
+        return ranks.take(pairs.find(_pair_keys(first, second)), mode="wrap")
 
     n, width = ids.shape
     done, here, size, column = np.full_like(ids, -1), np.arange(n), (ids >= 0).sum(axis=1), np.arange(width)
-    found = look_up(ids[:, :-1].ravel(), ids[:, 1:].ravel()).reshape(n, width - 1)
     while len(here):
         at = found.argmin(axis=1)
         best = found[np.arange(len(here)), at]
@@ -197,7 +197,7 @@ def _numbered(
     "A dictionary for arrays."
     table = KeyTable()
     table.add(keys)
-    by_number = np.full(len(values) + 1, missing, dtype=np.int64)
+    by_number = np.full(len(values) + 1, missing, dtype=np.int32)
     by_number[table.find(keys)] = values
     return table, by_number
 
@@ -213,6 +213,7 @@ class _Side:
         pairs = np.array(list(ranks.made), dtype=np.int64).reshape(-1, 2)
         self.pairs = _numbered(_pair_keys(*pairs.T), np.array(list(ranks.made.values()), dtype=np.int64), _NO_MERGE)
         self.results, self.byte_ids = np.array(ranks.results, dtype=np.int32), np.array(ranks.byte_ids, dtype=np.int32)
+        self.first = self.pairs[1][self.pairs[0].find(_pair_keys(np.repeat(self.byte_ids, 256), np.tile(self.byte_ids, 256)))]
 
     def rows(
         self,
@@ -221,9 +222,12 @@ class _Side:
         known: np.ndarray, # (n,) id of a row that is a token; −1: it isn't
     ) -> np.ndarray: # (n, columns) int32: ids of the rows' tokens, −1 behind the end
         "Encode chunks of about the same size."
-        ids = np.where(np.arange(values.shape[1]) < sizes, self.byte_ids[values], np.int32(-1))
+        column = np.arange(values.shape[1])
+        ids = np.where(column < sizes, self.byte_ids[values], np.int32(-1))
+        found = self.first.take(values[:, :-1] * np.uint16(256) + values[:, 1:])
+        found[column[1:] >= sizes] = _NO_MERGE
         ids[known >= 0, 0], ids[known >= 0, 1:] = known[known >= 0], -1
-        ids[known < 0] = _encode_rows(ids[known < 0], *self.pairs, self.results)
+        ids[known < 0] = _encode_rows(ids[known < 0], found[known < 0], *self.pairs, self.results)
         return ids
 
     def keys(
@@ -323,9 +327,10 @@ def _with_others(
     if not others:
         return begin, count, pool
     size = np.array([len(ids) for ids in others])
-    places = np.empty((2, len(short)), dtype=np.int64)
-    places[:, short], places[:, ~short] = (begin, count), (len(pool) + np.cumsum(size) - size, size)
-    return *places, np.concatenate((pool, np.fromiter(itertools.chain.from_iterable(others), dtype=np.int32)))
+    places, sizes = np.empty((2, len(short)), dtype=np.int64)
+    places[short], sizes[short] = begin, count
+    places[~short], sizes[~short] = len(pool) + np.cumsum(size) - size, size
+    return places, sizes, np.concatenate((pool, np.fromiter(itertools.chain.from_iterable(others), dtype=np.int32)))
 
 # %% ../../nbs/15_tokenization.bpe.ipynb #b022bc4d
 _SHORT = 10_000 # characters up to which the cache is faster than arrays
@@ -344,12 +349,19 @@ class _Encoder:
         self.cache: LRUCache[str, tuple[int, ...]] = LRUCache(max_entries=1 << 17, max_bytes=32 << 20)
         self.encode_chunk = functools.partial(_encode_chunk, whole=whole, ranks=ranks)
         self._memo: _Memo | None = None # made when it's needed
+        self._size = max(whole.values()) + 1
+        self._numbers: np.ndarray | None = None # 0, 1, 2 … as Python's numbers, made when they're needed
         self._lock, self._process = threading.Lock(), os.getpid()
 
     def encode(self, text: str) -> list[int]:
         if len(text) > _SHORT and has_rule(self.pattern):
-            return np.concatenate([ids for _, ids in self.arrays([text])]).tolist()
+            return self.listed(np.concatenate([ids for _, ids in self.arrays([text])]))
         return list(itertools.chain.from_iterable(self.cache.get_many(self.split(text), self.encode_chunk)))
+
+    def listed(self, ids: np.ndarray) -> list[int]: # (n,) int32 to plain numbers
+        if self._numbers is None and self._size <= 1 << 20:
+            self._numbers = np.arange(self._size).astype(object)
+        return ids.tolist() if self._numbers is None or len(ids) < 100 else self._numbers.take(ids).tolist()
 
     def arrays(self, texts: Iterable[str]) -> Iterator[tuple[int, np.ndarray]]: # number of a text; ids of it or of its next part
         if not has_rule(self.pattern):
@@ -625,7 +637,7 @@ class BPETokenizer(_Exchange, BaseTokenizer):
         "Encode many texts. Raises `InputError` as `encode` does."
         if allowed_special:
             return super().encode_batch(texts, workers, allowed_special)
-        return [ids.tolist() for ids in self.encode_arrays(texts, workers)]
+        return [self._encoder.listed(ids) for ids in self.encode_arrays(texts, workers)]
 
     def _settings(self) -> dict[str, object]:
         first = 256 + len(self.merges)

@@ -217,12 +217,12 @@ def chunk_starts(
     end = np.append(begin[1:], n)
     padded = np.zeros(len(begin) + 3, dtype=np.uint16) # two runs before the first and one behind the last: END
     run = padded[2:-1]
-    run[:] = kinds[begin]
+    run[:] = kinds.take(begin)
     quotes = _name_signs(points, begin, end, padded, rules.gpt4)
     case = padded[:-3] | padded[1:-2] << 3 | run << 6 | padded[3:] << 9
     starts = np.zeros(n, dtype=bool)
-    starts[begin[rules.first[case]]] = True
-    starts[end[rules.last[case]] - 1] = True
+    starts[begin.compress(rules.first.take(case))] = True
+    starts[end.compress(rules.last.take(case)) - 1] = True
     if rules.gpt4:
         digits = np.flatnonzero(run == DIGIT)
         _mark_thirds(starts, begin[digits], end[digits] - begin[digits])
