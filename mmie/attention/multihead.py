@@ -136,7 +136,7 @@ def _rules(
         elif mask is not None:
             mask = _Held(mask, held, forgotten)
         bias = None if bias is None else _Held(bias, held, forgotten)
-    if layer.window is None or keys <= layer.window + layer.sinks:
+    if layer.window is None or keys <= layer.window + (layer.sinks if layer.causal else 0):
         return mask, bias
     near = _Near(layer.window, layer.sinks, layer.causal)
     return near if mask is None else _Both(near, mask, keys - queries), bias
