@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 import math
-from typing import Protocol
+from typing import Protocol, cast
 import torch
 from torch import Tensor
 import torch.nn.functional as F
@@ -342,11 +342,11 @@ def _touched(rules: _Rules, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor([[[len(columns) for columns in rows]]], dtype=torch.int32, device=device), which.to(device)
 
 # %% ../../nbs/20_attention.dot_product.ipynb #119fb18b
-@lru_cache(maxsize=1)
-def _compiled_flex() -> Callable[..., Tensor]:
-    "One compiled FlexAttention for all calls."
+@lru_cache(maxsize=2)
+def _flex_function(compiled: bool) -> Callable[..., Tensor]:
+    "One FlexAttention for all calls, compiled where that pays."
     from torch.nn.attention.flex_attention import flex_attention
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention) if compiled else cast(Callable[..., Tensor], flex_attention)
 
 def _at(x: Tensor, *indices: Tensor) -> Tensor:
     "One number of a matrix in up to four dimensions; a dimension of one serves all."
@@ -354,7 +354,7 @@ def _at(x: Tensor, *indices: Tensor) -> Tensor:
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, rules: _Rules) -> Tensor:
     "FlexAttention with these rules. Raises `InputError` where it can't."
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    from torch.nn.attention.flex_attention import BlockMask
     if not q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise InputError("FlexAttention computes no gradients without a GPU", fix="take backend='auto', or torch.inference_mode()")
     past, mask, bias = rules.keys - rules.queries, rules.mask, rules.bias
@@ -371,8 +371,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, rules: _Rules) -> Tensor:
         shape = rules.queries, rules.keys
         blocks = BlockMask.from_kv_blocks(*_touched(rules, q.device), BLOCK_SIZE=128, mask_mod=pair, seq_lengths=shape)
     change = None if bias is None and rules.softcap is None else score
-    flex: Callable[..., Tensor] = _compiled_flex() if q.is_cuda else flex_attention
-    return flex(q, k, v, change, blocks, rules.scale, q.shape[1] != k.shape[1])
+    return _flex_function(q.is_cuda)(q, k, v, change, blocks, rules.scale, q.shape[1] != k.shape[1])
 
 # %% ../../nbs/20_attention.dot_product.ipynb #c9d1121d
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, _Rules], Tensor]] = {
