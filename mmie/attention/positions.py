@@ -144,12 +144,7 @@ class RotaryEmbedding(nn.Module):
         positions: Tensor | int = 0, # of each token, (length,) or (batch, length); or just that of the first
     ) -> Tensor: # same shape
         "Turn each pair by its angle."
-        if self.rotary_dim < x.shape[-1]:
-            return torch.cat((self._turned(x[..., :self.rotary_dim], positions), x[..., self.rotary_dim:]), dim=-1)
-        return self._turned(x, positions)
-
-    def _turned(self, x: Tensor, positions: Tensor | int) -> Tensor:
-        "Turn all of x."
+        turning = x if self.rotary_dim == x.shape[-1] else x[..., :self.rotary_dim]
         if isinstance(positions, int) and torch.compiler.is_compiling(): # a compiler prefers arithmetic to memory
             positions = torch.arange(positions, positions + x.shape[2], device=x.device)
         if isinstance(positions, int):
@@ -158,12 +153,11 @@ class RotaryEmbedding(nn.Module):
             angles = positions if positions.dim() == 1 else positions[:, None] # the same for all heads
             cos, sin = cos_and_sin(angles, self._tables.omega.to(x.device), self.layout, self._tables.magnitude)
             cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        return torch.addcmul(x * cos, exchange_partners(x, self.layout), sin)
+        turned = torch.addcmul(turning * cos, exchange_partners(turning, self.layout), sin)
+        return turned if turning is x else torch.cat((turned, x[..., self.rotary_dim:]), dim=-1)
 
     def extra_repr(self) -> str:
-        part = "" if self.rotary_dim == self.head_dim else f", rotary_dim={self.rotary_dim}"
-        scaling = "" if self.scaling is None else f", scaling={self.scaling!r}"
-        return f"{self.head_dim}, theta={self.theta:g}, layout={self.layout!r}{part}{scaling}"
+        return f"{self.head_dim}, theta={self.theta:g}, layout={self.layout!r}, rotary_dim={self.rotary_dim}, scaling={self.scaling!r}"
 
 # %% ../../nbs/22_attention.positions.ipynb #a004250b
 def _linear(scaling: "RopeScaling", dim: int, theta: float) -> Tensor:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from ..core import InputError
-from .base import AllowedSpecial, BaseTokenizer, Vocabulary, _several, checked_text, map_in_processes
+from .base import FORKS, AllowedSpecial, BaseTokenizer, Vocabulary, _several, checked_text, map_in_processes
 from .cache import LRUCache
 from .merges import learn_merges
 from mmie.tokenization.splitting import (
@@ -461,14 +461,34 @@ def _learn_exactly(
 class _InPieces(Protocol):
     "What can be sent to a worker."
     @property
-    def fingerprint(self) -> str:
-        "Equal for tokenizers that give equal ids."
+    def vocab_size(self) -> int:
+        "More than any id."
 
     def _pieces(self, texts: Iterable[str]) -> Iterator[tuple[int, np.ndarray]]:
         "Number of a text, ids of it or of its next part."
 
-_SHARE = 2_000_000 # characters sent to a worker at a time
-_AT_HAND: dict[str, _InPieces] = {} # fingerprint → tokenizer; forked workers find it there with all that it remembers
+_SHARE = 2_000_000 # characters for a worker at a time
+_AT_HAND: dict[int, tuple[_InPieces, Sequence[str]]] = {} # number of a call → tokenizer and texts, for forked workers
+_CALLS = itertools.count()
+
+class _Share(NamedTuple):
+    "Parts of texts."
+    owners: list[int] # numbers of the texts
+    spans: list[tuple[int, int]] # from which character to which
+    parts: list[str] | None # the characters, for a worker that can't find them
+
+def _shares(
+    texts: Sequence[str], # any texts
+    pattern: str, # how they will be cut
+) -> Iterator[_Share]:
+    "Work to be given out."
+    done = [0] * len(texts) # characters
+    for owners, parts in gather(texts, pattern, _SHARE):
+        spans = []
+        for number, part in zip(owners, parts, strict=True):
+            spans.append((done[number], done[number] + len(part)))
+            done[number] += len(part)
+        yield _Share(owners, spans, None if FORKS else parts)
 
 @functools.lru_cache(maxsize=2)
 def _revive(
@@ -478,17 +498,19 @@ def _revive(
     return pickle.loads(pickled)
 
 def _encode_share(
-    fingerprint: str, # of a tokenizer
-    pickled: bytes, # the same tokenizer
-    share: tuple[list[int], list[str]], # numbers of texts, and parts of them
-) -> tuple[list[int], np.ndarray, list[int]]: # the numbers; the ids of all parts in a row; where each part ends
+    call: int, # its number
+    pickled: bytes, # the tokenizer; nothing where workers are forked
+    share: _Share, # what to encode
+) -> tuple[list[int], np.ndarray, list[int]]: # numbers of the texts; the ids of all parts in a row; where each part ends
     "What a worker does."
-    owners, parts = share
+    tokenizer, texts = _AT_HAND[call] if share.parts is None else (_revive(pickled), [])
+    parts = share.parts if share.parts is not None else [texts[number][start:stop] for number, (start, stop) in zip(share.owners, share.spans, strict=True)]
     rows: list[list[np.ndarray]] = [[] for _ in parts]
-    for number, ids in (_AT_HAND.get(fingerprint) or _revive(pickled))._pieces(parts):
+    for number, ids in tokenizer._pieces(parts):
         rows[number].append(ids)
     ends = np.cumsum([sum(map(len, row)) for row in rows]).tolist()
-    return owners, np.concatenate([ids for row in rows for ids in row]), ends
+    joined = np.concatenate([ids for row in rows for ids in row])
+    return share.owners, joined.astype(np.uint16) if tokenizer.vocab_size <= 1 << 16 else joined, ends
 
 def _in_processes(
     tokenizer: _InPieces, # a BPETokenizer
@@ -497,13 +519,14 @@ def _in_processes(
     workers: int, # processes
 ) -> Iterator[tuple[int, np.ndarray]]: # number of a text; ids of it or of its next part
     "Share texts out and put the answers in order."
-    _AT_HAND[tokenizer.fingerprint] = tokenizer
+    call = next(_CALLS)
+    _AT_HAND[call] = tokenizer, texts
     try:
-        encode_share = functools.partial(_encode_share, tokenizer.fingerprint, pickle.dumps(tokenizer))
-        for owners, ids, ends in map_in_processes(encode_share, gather(texts, pattern, _SHARE), workers):
+        encode_share = functools.partial(_encode_share, call, b"" if FORKS else pickle.dumps(tokenizer))
+        for owners, ids, ends in map_in_processes(encode_share, _shares(texts, pattern), workers):
             yield from zip(owners, np.split(ids, ends[:-1]), strict=True)
     finally:
-        _AT_HAND.pop(tokenizer.fingerprint, None)
+        del _AT_HAND[call]
 
 # %% ../../nbs/15_tokenization.bpe.ipynb #63d7185b
 _INTERCHANGE = "mmie.tokenization.interchange"
@@ -626,7 +649,7 @@ class BPETokenizer(_Exchange, BaseTokenizer):
             for text in checked: # the cutting sees parts of texts; their positions are not the texts'
                 checked_text(text)
             raise
-        return [row[0] if len(row) == 1 else np.concatenate(row) for row in rows]
+        return [np.concatenate(row, dtype=np.int32) if len(row) > 1 else row[0].astype(np.int32, copy=False) for row in rows]
 
     def encode_batch(
         self,
