@@ -144,10 +144,14 @@ def _bench_decoding(
     megabytes: float, # of the texts
 ) -> BenchTable:
     "The way back."
-    programs: dict[str, Callable[[], object]] = {"mmie": lambda: [tokenizer.decode(row) for row in rows]}
+    programs: dict[str, Callable[[], object]] = {
+        "mmie": lambda: tokenizer.decode_batch(rows),
+        "mmie, one text at a time": lambda: [tokenizer.decode(row) for row in rows],
+    }
     if _installed("tiktoken"):
         tiktoken = tokenizer.to_tiktoken()
-        programs["tiktoken"] = lambda: [tiktoken.decode(row) for row in rows]
+        programs["tiktoken, one text at a time"] = lambda: [tiktoken.decode(row) for row in rows]
+        programs["tiktoken, batch"] = lambda: tiktoken.decode_batch(rows)
     if _installed("transformers"):
         theirs = tokenizer.to_hf().backend_tokenizer
         programs["Hugging Face tokenizers"] = lambda: theirs.decode_batch(rows, skip_special_tokens=False)

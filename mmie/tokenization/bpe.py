@@ -289,7 +289,7 @@ def _encode_together(
         for start in range(0, len(group) if len(group) > _FEW else 0, _AT_ONCE):
             part = group[start:start + _AT_ONCE]
             values = np.frombuffer(b"".join(data[chunk].ljust(width, b"\0") for chunk in part), dtype=np.uint8).reshape(-1, width)
-            sizes, known = (np.array(list(map(of, part))) for of in (lambda chunk: len(data[chunk]), lambda chunk: whole.get(data[chunk], -1)))
+            sizes, known = np.array([(len(data[chunk]), whole.get(data[chunk], -1)) for chunk in part]).T
             ids = side.rows(values, sizes[:, None], known)
             ends = np.cumsum((ids >= 0).sum(axis=1))[:-1]
             encoded.update(zip(part, map(tuple, map(np.ndarray.tolist, np.split(ids[ids >= 0], ends))), strict=True))
@@ -504,7 +504,8 @@ def _encode_share(
 ) -> tuple[list[int], np.ndarray, list[int]]: # numbers of the texts; the ids of all parts in a row; where each part ends
     "What a worker does."
     tokenizer, texts = _AT_HAND[call] if share.parts is None else (_revive(pickled), [])
-    parts = share.parts if share.parts is not None else [texts[number][start:stop] for number, (start, stop) in zip(share.owners, share.spans, strict=True)]
+    places = zip(share.owners, share.spans, strict=True)
+    parts = [texts[number][start:stop] for number, (start, stop) in places] if share.parts is None else share.parts
     rows: list[list[np.ndarray]] = [[] for _ in parts]
     for number, ids in tokenizer._pieces(parts):
         rows[number].append(ids)
