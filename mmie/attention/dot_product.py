@@ -411,6 +411,8 @@ def _check_rules(mask: object, bias: object, softcap: float | None, shape: tuple
             raise InputError(f"the {name} is a {type(x).__name__}", fix="give a tensor or a rule, a function of positions")
     if mask is not None and not isinstance(mask, Tensor) and not hasattr(mask, "spans"):
         raise InputError("the mask is a function without spans", fix="a rule needs a method `spans`: see Visibility")
+    if getattr(mask, "rows", None) not in (None, shape[0]):
+        raise InputError(f"the mask was made for another number of rows than {shape[0]}", fix="make it for this batch")
     if softcap is not None and not softcap > 0:
         raise InputError(f"a soft cap of {softcap} leaves nothing", fix="it must be positive, or None")
 

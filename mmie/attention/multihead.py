@@ -61,20 +61,7 @@ def _cross_qkv(layer: "Attention", x: Tensor, context: Tensor, cache: "LayerCach
         k = layer.k_norm(k).to(v.dtype)
     return (q, k, v) if cache is None else (q, *cache.append(k, v))
 
-# %% ../../nbs/23_attention.multihead.ipynb #0b3f1afe
-class LayerCache(Protocol):
-    "What a layer remembers of the words it has seen, and what may be asked of that memory."
-    length: int # positions fed so far
-
-    @property
-    def bytes(self) -> int: ... # held, full or not
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ... # takes new ones; returns all that they may need
-    def positions(self) -> Tensor: ... # (keys,) long: where the keys that `append` returned come from
-    def truncate(self, length: int) -> None: ... # forget the positions from `length` on
-    def reorder(self, rows: Tensor) -> None: ... # row i becomes what row rows[i] was, in place
-    def select(self, rows: Tensor) -> None: ... # go on with these rows only
-
-# %% ../../nbs/23_attention.multihead.ipynb #dedfb002
+# %% ../../nbs/23_attention.multihead.ipynb #b729af82
 @dataclass(frozen=True, slots=True)
 class _Near:
     "Which keys a windowed layer sees: a `Visibility`."
@@ -91,7 +78,7 @@ class _Near:
         start, stop = first - self.window + 1, min(keys, last + (1 if self.causal else self.window))
         return [(0, stop)] if start <= self.sinks else [(0, self.sinks), (start, stop)][self.sinks == 0:]
 
-# %% ../../nbs/23_attention.multihead.ipynb #940ccc08
+# %% ../../nbs/23_attention.multihead.ipynb #fafb3df0
 @dataclass(frozen=True, slots=True)
 class _Both:
     "Near, and not hidden by the caller either."
@@ -109,39 +96,7 @@ class _Both:
     def spans(self, first: int, last: int, keys: int) -> list[tuple[int, int]]:
         return self.near.spans(first, last, keys)
 
-# %% ../../nbs/23_attention.multihead.ipynb #61a7408d
-@dataclass(frozen=True, slots=True)
-class _Held:
-    "A rule about positions, asked about keys in the order in which a forgetful cache returns them."
-    rule: Callable[[Tensor, Tensor], Tensor] # who may look, or what to add
-    positions: Tensor # of the keys, (keys,)
-    forgotten: int # positions the cache no longer has
-
-    def __call__(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
-        return self.rule(q_positions + self.forgotten, self.positions[k_positions])
-
-    def spans(self, first: int, last: int, keys: int) -> list[tuple[int, int]]:
-        return [(0, keys)]
-
-# %% ../../nbs/23_attention.multihead.ipynb #5286700d
-def _rules(
-    layer: "Attention", mask: Tensor | Visibility | None, cache: LayerCache | None, queries: int, keys: int,
-) -> tuple[Tensor | Visibility | None, ScoreBias | None]:
-    "Who may look, and what is added, about the keys at hand; None where nothing is hidden but the future."
-    bias: Callable[[Tensor, Tensor], Tensor] | None = layer.positions if isinstance(layer.positions, ALiBi) else None
-    if cache is not None and cache.length > keys and (mask is not None or bias is not None):
-        held, forgotten = cache.positions(), cache.length - keys
-        if isinstance(mask, Tensor):
-            mask = mask[..., held] if mask.shape[-1] > 1 else mask
-        elif mask is not None:
-            mask = _Held(mask, held, forgotten)
-        bias = None if bias is None else _Held(bias, held, forgotten)
-    if layer.window is None or keys <= layer.window + (layer.sinks if layer.causal else 0):
-        return mask, bias
-    near = _Near(layer.window, layer.sinks, layer.causal)
-    return near if mask is None else _Both(near, mask, keys - queries), bias
-
-# %% ../../nbs/23_attention.multihead.ipynb #9b88886e
+# %% ../../nbs/23_attention.multihead.ipynb #40272093
 def _check_numbers(layer: "_Heads") -> None:
     "Refuse numbers that make no sense, alone or together."
     for name, value in (("window", layer.window), ("softcap", layer.softcap), ("scale", layer.scale)):
@@ -163,7 +118,7 @@ def _check_positions(layer: "_Heads") -> None:
         raise InputError(f"this ALiBi has slopes for {positions.n_heads} heads, the layer has {layer.n_heads}",
                          where="positions", fix=f"use ALiBi({layer.n_heads})")
 
-# %% ../../nbs/23_attention.multihead.ipynb #8ce72c04
+# %% ../../nbs/23_attention.multihead.ipynb #c766a968
 class _Heads(nn.Module):
     "The matrices of a layer, and the rules it keeps."
     def __init__(
@@ -190,10 +145,57 @@ class _Heads(nn.Module):
         self.window, self.sinks, self.softcap, self.scale = window, sinks, softcap, scale
         _check_numbers(self)
         _check_positions(self)
+        if bias not in (True, False, "qkv"):
+            raise InputError(f"bias={bias!r} makes no sense", fix="take True, False or 'qkv'")
         self.qkv_proj = nn.Linear(d_model, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim, bias=bool(bias))
         self.o_proj = nn.Linear(self.n_heads * self.head_dim, d_model, bias=bias is True)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
+
+# %% ../../nbs/23_attention.multihead.ipynb #0b3f1afe
+class LayerCache(Protocol):
+    "What a layer remembers of the words it has seen, and what may be asked of that memory."
+    length: int # positions fed so far
+
+    @property
+    def bytes(self) -> int: ... # held, full or not
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ... # takes new ones; returns all that they may need
+    def positions(self) -> Tensor: ... # (keys,) long: where the keys that `append` returned come from
+    def truncate(self, length: int) -> None: ... # forget the positions from `length` on
+    def reorder(self, rows: Tensor) -> None: ... # row i becomes what row rows[i] was, in place
+    def select(self, rows: Tensor) -> None: ... # go on with these rows only
+
+# %% ../../nbs/23_attention.multihead.ipynb #61a7408d
+@dataclass(frozen=True, slots=True)
+class _Held:
+    "A rule about positions, asked about keys in the order in which a forgetful cache returns them."
+    rule: Callable[[Tensor, Tensor], Tensor] # who may look, or what to add
+    positions: Tensor # of the keys, (keys,)
+    forgotten: int # positions the cache no longer has
+
+    def __call__(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+        return self.rule(q_positions + self.forgotten, self.positions[k_positions])
+
+    def spans(self, first: int, last: int, keys: int) -> list[tuple[int, int]]:
+        return [(0, keys)]
+
+# %% ../../nbs/23_attention.multihead.ipynb #5286700d
+def _rules(
+    layer: "_Heads", mask: Tensor | Visibility | None, cache: LayerCache | None, queries: int, keys: int,
+) -> tuple[Tensor | Visibility | None, ScoreBias | None]:
+    "Who may look, and what is added, about the keys at hand; None where nothing is hidden but the future."
+    bias: Callable[[Tensor, Tensor], Tensor] | None = layer.positions if isinstance(layer.positions, ALiBi) else None
+    if cache is not None and cache.length > keys and (mask is not None or bias is not None):
+        held, forgotten = cache.positions(), cache.length - keys
+        if isinstance(mask, Tensor):
+            mask = mask[..., held] if mask.shape[-1] > 1 else mask
+        elif mask is not None:
+            mask = _Held(mask, held, forgotten)
+        bias = None if bias is None else _Held(bias, held, forgotten)
+    if layer.window is None or keys <= layer.window + (layer.sinks if layer.causal else 0):
+        return mask, bias
+    near = _Near(layer.window, layer.sinks, layer.causal)
+    return near if mask is None else _Both(near, mask, keys - queries), bias
 
 # %% ../../nbs/23_attention.multihead.ipynb #6b305eee
 def _check_call(layer: "_Heads", context: Tensor | None, cache: LayerCache | None, position_ids: Tensor | None) -> None:

@@ -159,22 +159,6 @@ def _is_key(
     except TypeError:
         return False
 
-def _groups(
-    rows: Iterable[list[int]], # of any lengths
-    least: int = 1 << 16, # ids in a group
-) -> Iterator[list[list[int]]]: # rows, in order
-    "Rows enough to be worth an array's while, and no more."
-    group: list[list[int]] = []
-    size = 0
-    for row in rows:
-        group.append(row)
-        size += len(row)
-        if size >= least:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
 # %% ../../nbs/11_tokenization.base.ipynb #067d4d80
 _MANY = 2000 # ids from which on arrays are faster than a dictionary
 
@@ -266,9 +250,8 @@ class Vocabulary:
         rows: Iterable[Iterable[int]], # ids of several texts
         errors: str = "replace", # as above
     ) -> list[str]: # one text per row
-        "Decode many texts, faster than one by one. Raises `InputError` as `decode` does."
-        groups = _groups(map(_listed, rows))
-        return [data.decode("utf-8", errors) for group in groups for data in self._spelling.spell(group)]
+        "Decode many texts. Raises `InputError` as `decode` does."
+        return [self.decode(row, errors) for row in rows]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.vocab_size:,} tokens, {len(self.special_tokens)} of them special)"
