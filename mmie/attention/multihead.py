@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .dot_product import BACKENDS, ScoreBias, Visibility, attention, attention_weights
+from .masks import Mask, sinks, window
 from .positions import ALiBi, RotaryEmbedding
 from ..core import InputError, did_you_mean
 
@@ -62,27 +63,18 @@ def _cross_qkv(layer: "Attention", x: Tensor, context: Tensor, cache: "LayerCach
     return (q, k, v) if cache is None else (q, *cache.append(k, v))
 
 # %% ../../nbs/23_attention.multihead.ipynb #b729af82
-@dataclass(frozen=True, slots=True)
-class _Near:
-    "Which keys a windowed layer sees: a `Visibility`."
-    window: int # keys, its own place included
-    sinks: int # places at the start that everybody sees
-    causal: bool # hide the future as well
+def _near(layer: "_Heads") -> Mask | None:
+    "The keys a windowed layer sees; the future is hidden elsewhere."
+    if layer.window is None:
+        return None
+    band = window(layer.window, symmetric=not layer.causal)
+    return band | sinks(layer.sinks) if layer.sinks else band
 
-    def __call__(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
-        back = q_positions - k_positions
-        near = (back < self.window) & (back > -self.window) | (k_positions < self.sinks)
-        return near & (back >= 0) if self.causal else near
-
-    def spans(self, first: int, last: int, keys: int) -> list[tuple[int, int]]:
-        start, stop = first - self.window + 1, min(keys, last + (1 if self.causal else self.window))
-        return [(0, stop)] if start <= self.sinks else [(0, self.sinks), (start, stop)][self.sinks == 0:]
-
-# %% ../../nbs/23_attention.multihead.ipynb #fafb3df0
+# %% ../../nbs/23_attention.multihead.ipynb #59fe0112
 @dataclass(frozen=True, slots=True)
 class _Both:
     "Near, and not hidden by the caller either."
-    near: _Near
+    near: Mask
     mask: Tensor | Visibility # the caller's; a matrix is broadcastable to (batch, heads, queries, keys)
     past: int # keys before the first query
 
@@ -194,8 +186,8 @@ def _rules(
         bias = None if bias is None else _Held(bias, held, forgotten)
     if layer.window is None or keys <= layer.window + (layer.sinks if layer.causal else 0):
         return mask, bias
-    near = _Near(layer.window, layer.sinks, layer.causal)
-    return near if mask is None else _Both(near, mask, keys - queries), bias
+    near = _near(layer)
+    return near if mask is None or near is None else _Both(near, mask, keys - queries), bias
 
 # %% ../../nbs/23_attention.multihead.ipynb #6b305eee
 def _check_call(layer: "_Heads", context: Tensor | None, cache: LayerCache | None, position_ids: Tensor | None) -> None:
