@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from .dot_product import _at, _Rules, _touched
 from ..core import InputError
-from ..figures import figure, figure_html, heatmap
 
 # %% ../../nbs/21_attention.masks.ipynb #b5f99a5a
 if TYPE_CHECKING:
@@ -83,13 +82,14 @@ class Mask:
     def __invert__(self) -> "Mask": return self.mask if isinstance(self, _Not) else _Not(self)
     def __eq__(self, other: object) -> bool: return type(self) is type(other) and _same(vars(self), vars(other))
     def __hash__(self) -> int: return hash(repr(self))
-    def _repr_html_(self) -> str: return figure_html(draw_masks({repr(self): self}), f"the mask {self!r}")
+    def _repr_html_(self) -> str: return _picture(self)
 
 # %% ../../nbs/21_attention.masks.ipynb #88f371bb
 def _same(ours: Mapping[str, object], theirs: Mapping[str, object]) -> bool:
     "Whether two rules of one kind were made from the same numbers."
-    pairs = [(ours[name], theirs.get(name)) for name in ours]
-    return all(torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b) and a == b for a, b in pairs)
+    def equal(a: object, b: object) -> bool:
+        return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b) and a == b
+    return all(equal(ours[name], theirs.get(name)) for name in ours)
 
 def _check_length(mask: Mask, keys: int) -> None:
     "Raises `InputError` for more keys than a rule covers."
@@ -158,7 +158,8 @@ def _bracketed(mask: Mask, weaker: type[Mask] | tuple[type[Mask], ...]) -> str:
 def _combined(kind: type[_Both] | type[_Either], one: Mask, other: object) -> Mask:
     "Both or either, if they fit each other."
     if not isinstance(other, Mask):
-        raise InputError(f"{one!r} can't be combined with a {type(other).__name__}", fix="combine rules with rules, or their `dense` with tensors")
+        raise InputError(f"{one!r} can't be combined with a {type(other).__name__}",
+                         fix="combine rules with rules, or their `dense` with tensors")
     if one.rows is not None and other.rows is not None and one.rows != other.rows:
         raise InputError(f"{one!r} is for {one.rows} rows and {other!r} for {other.rows}", fix="make both for the same batch")
     mask = kind(one, other)
@@ -214,6 +215,10 @@ class _Sinks(Mask):
     def __repr__(self) -> str: return f"sinks({self.n})"
 
 # %% ../../nbs/21_attention.masks.ipynb #8a14c4b1
+def _by_row(limit: int | Tensor, like: Tensor) -> int | Tensor: # a number, or (rows, 1, 1, 1)
+    "A limit that compares with positions, row by row."
+    return limit.to(like.device)[:, None, None, None] if isinstance(limit, Tensor) else limit
+
 @dataclass(frozen=True, eq=False, repr=False)
 class _Between(Mask):
     "Keys from `start` on and before `stop`, each a number or one for each row."
@@ -222,14 +227,16 @@ class _Between(Mask):
     formula: str
 
     def __call__(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
-        start, stop = (x.to(k_positions.device)[:, None, None, None] if isinstance(x, Tensor) else x for x in (self.start, self.stop))
-        return k_positions >= start if stop is None else (k_positions >= start) & (k_positions < stop)
+        may = k_positions >= _by_row(self.start, k_positions)
+        return may if self.stop is None else may & (k_positions < _by_row(self.stop, k_positions))
 
     def spans(self, first: int, last: int, keys: int) -> Spans:
-        return _tidy([(int(torch.as_tensor(self.start).min()), keys if self.stop is None else int(torch.as_tensor(self.stop).max()))], keys)
+        stop = keys if self.stop is None else int(torch.as_tensor(self.stop).max())
+        return _tidy([(int(torch.as_tensor(self.start).min()), stop)], keys)
 
     def sure(self, first: int, last: int, keys: int) -> Spans:
-        return _tidy([(int(torch.as_tensor(self.start).max()), keys if self.stop is None else int(torch.as_tensor(self.stop).min()))], keys)
+        stop = keys if self.stop is None else int(torch.as_tensor(self.stop).min())
+        return _tidy([(int(torch.as_tensor(self.start).max()), stop)], keys)
 
     def __repr__(self) -> str: return self.formula
 
@@ -346,13 +353,15 @@ def padding(
     return _between(start, stop, f"padding({', '.join(said)})")
 
 def document(
-    ids: Sequence[int] | Sequence[Sequence[int]] | Tensor, # which document each position is of, (length,) or (rows, length); negative: none
+    ids: Sequence[int] | Sequence[Sequence[int]] | Tensor, # each position's document, (length,) or (rows, length); negative: none
 ) -> Mask:
-    "Sees its own document only: for texts packed into one row. Raises `InputError` unless ids are whole numbers in one or two dimensions."
+    "Sees its own document only: for texts packed into one row. Raises `InputError` unless ids are whole numbers."
     numbers = torch.as_tensor(ids).cpu()
     if numbers.dim() not in (1, 2) or not numbers.numel() or numbers.is_floating_point() or numbers.dtype == torch.bool:
-        raise InputError(f"document ids are {numbers.dtype} of shape {tuple(numbers.shape)}", fix="give whole numbers, (length,) or (rows, length)")
-    mask = _Document(numbers.long(), _first_and_last(numbers.reshape(-1, numbers.shape[-1]).long()))
+        raise InputError(f"document ids are {numbers.dtype} of shape {tuple(numbers.shape)}",
+                         fix="give whole numbers, (length,) or (rows, length)")
+    numbers = numbers.long()
+    mask = _Document(numbers, _first_and_last(numbers.reshape(-1, numbers.shape[-1])))
     object.__setattr__(mask, "rows", None if numbers.dim() == 1 else len(numbers))
     object.__setattr__(mask, "length", numbers.shape[-1])
     return mask
@@ -367,8 +376,9 @@ def draw_masks(
     ncols: int = 4, # panels in a row
 ) -> "Figure": # bright: may look; gray: computed in vain with such blocks; dark: never touched
     "A panel for each mask, queries down and keys across; of masks that tell rows apart, the first row."
+    from mmie.figures import figure, heatmap
     nrows, width = -(-len(masks) // ncols), min(ncols, len(masks))
-    side = 2.3 if labels is None else 1.4 + 0.2 * len(labels)
+    side = 2.3 if labels is None else 1.4 + 0.15 * len(labels)
     fig, axes = figure(ncols=width, nrows=nrows, width=side * width, height=(side + 0.3) * nrows, squeeze=False)
     for ax in axes.flat[len(masks):]:
         ax.set_axis_off()
@@ -382,6 +392,11 @@ def draw_masks(
         heatmap(ax, grid, xlabels=labels, ylabels=labels, xlabel="key", ylabel="query", title=title, vmin=0, vmax=1, colorbar=False)
         ax.title.set_fontsize(9)
     return fig
+
+def _picture(mask: Mask) -> str: # an <img> element
+    "The mask as it draws itself at the end of a cell."
+    from mmie.figures import figure_html
+    return figure_html(draw_masks({repr(mask): mask}), f"the mask {mask!r}")
 
 # %% ../../nbs/21_attention.masks.ipynb #4da4f39a
 def additive_mask(
