@@ -8,7 +8,7 @@ __all__ = ['ScoreBias', 'BACKENDS', 'attention_loop', 'causal_mask', 'repeat_kv'
 
 # %% ../../nbs/20_attention.dot_product.ipynb #436330f7
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 import math
 from typing import Protocol, cast
@@ -61,7 +61,7 @@ def repeat_kv(
 
 # %% ../../nbs/20_attention.dot_product.ipynb #1072f0f5
 class Visibility(Protocol):
-    "A rule for who may look at whom. (One with an attribute `is_causal` that is true gets the kernels' shortcut for the past.)"
+    "A rule for who may look at whom."
     def __call__(
         self,
         q_positions: Tensor, # (queries, 1), long
@@ -349,25 +349,26 @@ def _flex_function(compiled: bool) -> Callable[..., Tensor]:
     return torch.compile(flex_attention) if compiled else cast(Callable[..., Tensor], flex_attention)
 
 def _at(x: Tensor, *indices: Tensor) -> Tensor:
-    "One number of a matrix in up to four dimensions; a dimension of one serves all."
-    return _four(x)[tuple(i if size > 1 else 0 for i, size in zip(indices, _four(x).shape, strict=True))]
+    "One number of a matrix in four dimensions; a dimension of one serves all."
+    return x[tuple(i if size > 1 else torch.zeros_like(i) for i, size in zip(indices, x.shape, strict=True))]
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, rules: _Rules) -> Tensor:
     "FlexAttention with these rules. Raises `InputError` where it can't."
     from torch.nn.attention.flex_attention import BlockMask
     if not q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise InputError("FlexAttention computes no gradients without a GPU", fix="take backend='auto', or torch.inference_mode()")
-    past, mask, bias = rules.keys - rules.queries, rules.mask, rules.bias
+    past, sees = rules.keys - rules.queries, getattr(rules.mask, "sees", None)
+    everywhere = (0, rules.queries, [(0, rules.keys)], q.device)
+    mask, bias = (rules if sees is None else replace(rules, mask=None)).part(*everywhere)
     def pair(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        may = j <= i + past if rules.causal else j >= 0
-        given = None if mask is None else mask if isinstance(mask, Tensor) else mask((i + past).view(1, 1), j.view(1, 1))
-        return may if given is None else may & _at(given, b, h, i, j)
+        if mask is None:
+            return sees(b, i + past, j)
+        return _at(mask, b, h, i, j) if sees is None else sees(b, i + past, j) & _at(mask, b, h, i, j)
     def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         s = s if rules.softcap is None else rules.softcap * torch.tanh(s / rules.softcap)
-        given = None if bias is None else bias if isinstance(bias, Tensor) else bias((i + past).view(1, 1), j.view(1, 1))
-        return s if given is None else s + _at(given, b, h, i, j).to(s.dtype)
+        return s if bias is None else s + _at(bias, b, h, i, j).to(s.dtype)
     blocks = None
-    if rules.ruled or mask is not None:
+    if mask is not None or sees is not None:
         shape = rules.queries, rules.keys
         blocks = BlockMask.from_kv_blocks(*_touched(rules, q.device), BLOCK_SIZE=128, mask_mod=pair, seq_lengths=shape)
     change = None if bias is None and rules.softcap is None else score

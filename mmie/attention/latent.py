@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from .dot_product import attention
+from .dot_product import Visibility, attention
 from .positions import RotaryEmbedding
 from ..core import InputError
 from ..figures import PALETTE, figure
@@ -190,7 +190,7 @@ def absorbing_pays(
     return queries * kv_lora_rank * (read + 2 * keys) < keys * read * (kv_lora_rank + queries)
 
 # %% ../../nbs/26_attention.latent.ipynb #ac8edbd6
-def _latent_attend(layer: "LatentAttention", x: Tensor, mask: Tensor | None,
+def _latent_attend(layer: "LatentAttention", x: Tensor, mask: Tensor | Visibility | None,
                    cache: LatentCache | None, position_ids: Tensor | None) -> Tensor:
     "What each head found, (batch, n_heads, length, value)."
     where: Tensor | int = (0 if cache is None else cache.length) if position_ids is None else position_ids
@@ -237,7 +237,7 @@ class LatentAttention(_LatentProjections):
         self,
         x: Tensor, # (batch, length, d_model)
         context: None = None, # nothing else to look at: latents are made of x
-        mask: Tensor | None = None, # who may look where, boolean, broadcastable to (batch, heads, length, keys), True = may look
+        mask: Tensor | Visibility | None = None, # boolean, broadcastable to (batch, heads, length, keys), True = may look; or its rule
         cache: LatentCache | None = None, # holds the earlier positions, and takes these
         position_ids: Tensor | None = None, # (length,) or (batch, length); None: they go on where the cache ends
     ) -> Tensor: # (batch, length, d_model)

@@ -298,7 +298,8 @@ class _Memory:
         rows: Tensor, # (kept,) long, indices into the batch
     ) -> None:
         "Go on with these sequences, in this order; the memory of the others is given back."
-        self.k, self.v = self.k[rows], self.v[rows]
+        with torch.inference_mode(False):
+            self.k, self.v = self.k[rows], self.v[rows]
 
 # %% ../../nbs/23_attention.multihead.ipynb #c32d0aee
 def _check_room(cache: _Memory, new: int) -> None:
@@ -312,6 +313,18 @@ def _check_gradient(k: Tensor) -> None:
     if k.requires_grad and torch.is_grad_enabled():
         raise InputError("a cache carries no gradients", fix="use torch.inference_mode() or torch.no_grad(), or train without")
 
+def _check_cut(cache: _Memory, length: int) -> None:
+    "Refuse to go back to words that aren't there any more, or never were."
+    overwritten = cache.length > cache.k.shape[2]
+    if not 0 <= length <= cache.length or (overwritten and length < cache.length):
+        raise InputError(f"a cache of length {cache.length} {'in which words were overwritten ' * overwritten}can't be cut to {length}",
+                         fix="use a KVCache, which forgets nothing and serves a window too" if overwritten else f"take 0 … {cache.length}")
+
+def _write(cache: _Memory, k: Tensor, v: Tensor, slot: int) -> None:
+    "Fill slots from this one on."
+    cache.k.narrow(2, slot, k.shape[2]).copy_(k)
+    cache.v.narrow(2, slot, v.shape[2]).copy_(v)
+
 # %% ../../nbs/23_attention.multihead.ipynb #d0d11678
 class KVCache(_Memory):
     "The keys and values of all positions so far, in memory that is allocated once and filled in place."
@@ -323,12 +336,10 @@ class KVCache(_Memory):
         v: Tensor, # new values, same shape
     ) -> tuple[Tensor, Tensor]: # all of them, old and new, as `contents` gives them
         "Write behind what is there. Raises `InputError` when full, and where a gradient would get lost."
-        start, new = self.length, k.shape[2]
-        _check_room(self, new)
+        _check_room(self, k.shape[2])
         _check_gradient(k)
-        self.k.narrow(2, start, new).copy_(k)
-        self.v.narrow(2, start, new).copy_(v)
-        self.length = start + new
+        _write(self, k, v, self.length)
+        self.length += k.shape[2]
         return self.contents()
 
     def truncate(
@@ -336,8 +347,7 @@ class KVCache(_Memory):
         length: int, # positions to keep, from 0 to the present length
     ) -> None:
         "Forget the positions from `length` on, and keep the memory. Raises `InputError` if there are fewer."
-        if not 0 <= length <= self.length:
-            raise InputError(f"a cache of length {self.length} can't be cut to {length}", fix=f"take 0 … {self.length}")
+        _check_cut(self, length)
         self.length = length
 
     def positions(self) -> Tensor: # (length,) long
@@ -393,16 +403,14 @@ class WindowCache(_Memory):
         v: Tensor, # new values, same shape
     ) -> tuple[Tensor, Tensor]: # sinks, what the window held, and these; in order if there are several new ones
         "Take them in, and forget what no later query sees. Raises `InputError` where a gradient would get lost."
-        start, new, room = self.length, k.shape[2], self.k.shape[2]
         _check_gradient(k)
+        start, new = self.length, k.shape[2]
         self.length, self._seen = start + new, None
-        if new == 1 or self.length <= room:
-            slot = start if start < room else self.sinks + (start - self.sinks) % self.window
-            self.k.narrow(2, slot, new).copy_(k)
-            self.v.narrow(2, slot, new).copy_(v)
-            return self.contents()
-        keys, values, self._seen = _append_piece(self, k, v, start)
-        return keys, values
+        if new > 1 and self.length > self.k.shape[2]:
+            keys, values, self._seen = _append_piece(self, k, v, start)
+            return keys, values
+        _write(self, k, v, start if start < self.sinks else self.sinks + (start - self.sinks) % self.window)
+        return self.contents()
 
     def positions(self) -> Tensor: # (keys,) long
         "Which word each key that `append` returned belongs to."
@@ -413,7 +421,5 @@ class WindowCache(_Memory):
         length: int, # positions to keep
     ) -> None:
         "Forget the positions from `length` on. Raises `InputError` once the ring has overwritten what the shorter text would need."
-        if not 0 <= length <= self.length or (length < self.length > self.k.shape[2]):
-            raise InputError(f"a window cache of {self.k.shape[2]} positions that has seen {self.length} can't be cut to {length}",
-                             fix="take words back with a KVCache, which forgets nothing and serves a window too")
+        _check_cut(self, length)
         self.length, self._seen = length, None
