@@ -13,7 +13,7 @@ import math
 from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
-from .dot_product import _at, _Rules, _touched
+from .dot_product import _Rules, _touched
 from ..core import InputError
 
 # %% ../../nbs/21_attention.masks.ipynb #b5f99a5a
@@ -52,12 +52,8 @@ class Mask:
     rows: int | None = None # sequences that it tells apart; None: the same for all
     length: int | None = None # keys it has something to say about; None: any number
 
-    def __call__(
-        self,
-        q_positions: Tensor, # (queries, 1), long
-        k_positions: Tensor, # (1, keys), long
-    ) -> Tensor: # boolean, broadcastable to (rows, 1, queries, keys), True = may look
-        "The answer for all pairs of these positions."
+    def sees(self, row: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        "Whether queries at positions i see keys at positions j, in these rows of the batch: booleans of the shape that all three broadcast to."
         raise NotImplementedError
 
     def spans(self, first: int, last: int, keys: int) -> Spans:
@@ -76,6 +72,15 @@ class Mask:
     ) -> Tensor: # boolean, (queries, keys), or (rows, 1, queries, keys) if rows differ
         "The rule written out. Raises `InputError` for more keys than it covers."
         return _written_out(self, queries, queries if keys is None else keys, device)
+
+    def __call__(
+        self,
+        q_positions: Tensor, # (queries, 1), long
+        k_positions: Tensor, # (1, keys), long
+    ) -> Tensor: # boolean, broadcastable to (rows, 1, queries, keys), True = may look
+        "The answer for all pairs of these positions, as `attention` asks."
+        row = torch.arange(self.rows or 1, device=q_positions.device)
+        return self.sees(row[:, None, None, None] if self.rows else row, q_positions, k_positions)
 
     def __and__(self, other: "Mask") -> "Mask": return _combined(_Both, self, other)
     def __or__(self, other: "Mask") -> "Mask": return _combined(_Either, self, other)
@@ -110,8 +115,8 @@ class _Both(Mask):
     one: Mask
     other: Mask
 
-    def __call__(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
-        return self.one(q_positions, k_positions) & self.other(q_positions, k_positions)
+    def sees(self, row: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return self.one.sees(row, i, j) & self.other.sees(row, i, j)
 
     def spans(self, first: int, last: int, keys: int) -> Spans:
         return _overlap(self.one.spans(first, last, keys), self.other.spans(first, last, keys), keys)
@@ -128,8 +133,8 @@ class _Either(Mask):
     one: Mask
     other: Mask
 
-    def __call__(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
-        return self.one(q_positions, k_positions) | self.other(q_positions, k_positions)
+    def sees(self, row: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return self.one.sees(row, i, j) | self.other.sees(row, i, j)
 
     def spans(self, first: int, last: int, keys: int) -> Spans:
         return _tidy(self.one.spans(first, last, keys) + self.other.spans(first, last, keys), keys)
@@ -145,7 +150,7 @@ class _Not(Mask):
     "What it forbids."
     mask: Mask
 
-    def __call__(self, q_positions: Tensor, k_positions: Tensor) -> Tensor: return ~self.mask(q_positions, k_positions)
+    def sees(self, row: Tensor, i: Tensor, j: Tensor) -> Tensor: return ~self.mask.sees(row, i, j)
     def spans(self, first: int, last: int, keys: int) -> Spans: return _outside(self.mask.sure(first, last, keys), keys)
     def sure(self, first: int, last: int, keys: int) -> Spans: return _outside(self.mask.spans(first, last, keys), keys)
     def __repr__(self) -> str: return f"~{_bracketed(self.mask, (_Both, _Either))}"
@@ -172,7 +177,7 @@ def _combined(kind: type[_Both] | type[_Either], one: Mask, other: object) -> Ma
 @dataclass(frozen=True, eq=False, repr=False)
 class _Everything(Mask):
     "No rule at all."
-    def __call__(self, q_positions: Tensor, k_positions: Tensor) -> Tensor: return (k_positions >= 0) | (q_positions >= 0)
+    def sees(self, row: Tensor, i: Tensor, j: Tensor) -> Tensor: return (i == i) & (j == j)
     def spans(self, first: int, last: int, keys: int) -> Spans: return [(0, keys)]
     def sure(self, first: int, last: int, keys: int) -> Spans: return [(0, keys)]
     def __repr__(self) -> str: return "everything()"
@@ -181,7 +186,7 @@ class _Everything(Mask):
 class _Causal(Mask):
     "Oneself and the past."
     is_causal = True
-    def __call__(self, q_positions: Tensor, k_positions: Tensor) -> Tensor: return k_positions <= q_positions
+    def sees(self, row: Tensor, i: Tensor, j: Tensor) -> Tensor: return j <= i
     def spans(self, first: int, last: int, keys: int) -> Spans: return _tidy([(0, last + 1)], keys)
     def sure(self, first: int, last: int, keys: int) -> Spans: return _tidy([(0, first + 1)], keys)
     def __repr__(self) -> str: return "causal()"
@@ -193,9 +198,9 @@ class _Window(Mask):
     n: int
     symmetric: bool
 
-    def __call__(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+    def sees(self, row: Tensor, i: Tensor, j: Tensor) -> Tensor:
         ahead = self.n - 1 if self.symmetric else 0
-        return (k_positions > q_positions - self.n) & (k_positions <= q_positions + ahead)
+        return (j > i - self.n) & (j <= i + ahead)
 
     def spans(self, first: int, last: int, keys: int) -> Spans:
         return _tidy([(first - self.n + 1, last + (self.n if self.symmetric else 1))], keys)
@@ -209,15 +214,15 @@ class _Window(Mask):
 class _Sinks(Mask):
     "The first positions, once they are past."
     n: int
-    def __call__(self, q_positions: Tensor, k_positions: Tensor) -> Tensor: return (k_positions < self.n) & (k_positions <= q_positions)
+    def sees(self, row: Tensor, i: Tensor, j: Tensor) -> Tensor: return (j < self.n) & (j <= i)
     def spans(self, first: int, last: int, keys: int) -> Spans: return _tidy([(0, min(self.n, last + 1))], keys)
     def sure(self, first: int, last: int, keys: int) -> Spans: return _tidy([(0, min(self.n, first + 1))], keys)
     def __repr__(self) -> str: return f"sinks({self.n})"
 
 # %% ../../nbs/21_attention.masks.ipynb #8a14c4b1
-def _by_row(limit: int | Tensor, like: Tensor) -> int | Tensor: # a number, or (rows, 1, 1, 1)
-    "A limit that compares with positions, row by row."
-    return limit.to(like.device)[:, None, None, None] if isinstance(limit, Tensor) else limit
+def _of_row(limit: int | Tensor, row: Tensor) -> int | Tensor:
+    "A limit for all rows, or each row's own."
+    return limit.to(row.device)[row] if isinstance(limit, Tensor) else limit
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Between(Mask):
@@ -226,9 +231,9 @@ class _Between(Mask):
     stop: int | Tensor | None
     formula: str
 
-    def __call__(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
-        may = k_positions >= _by_row(self.start, k_positions)
-        return may if self.stop is None else may & (k_positions < _by_row(self.stop, k_positions))
+    def sees(self, row: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        may = j >= _of_row(self.start, row)
+        return may if self.stop is None else may & (j < _of_row(self.stop, row))
 
     def spans(self, first: int, last: int, keys: int) -> Spans:
         stop = keys if self.stop is None else int(torch.as_tensor(self.stop).max())
@@ -247,11 +252,10 @@ class _Document(Mask):
     ids: Tensor
     limits: Tensor # where each position's id first occurs, and ends: (2, rows, length)
 
-    def __call__(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
-        ids = self.ids.to(k_positions.device)
-        q, k = ids[..., q_positions.flatten().clamp(min=0)], ids[..., k_positions.flatten()]
-        same = (q[..., :, None] == k[..., None, :]) & (k[..., None, :] >= 0) & (q_positions >= 0)
-        return same if ids.dim() == 1 else same[:, None]
+    def sees(self, row: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        ids = self.ids.to(j.device)
+        q, k = (ids[x] if ids.dim() == 1 else ids[row, x] for x in (i.clamp(min=0), j))
+        return (q == k) & (k >= 0) & (i >= 0)
 
     def spans(self, first: int, last: int, keys: int) -> Spans:
         _check_length(self, keys)
@@ -422,6 +426,6 @@ def flex_block_mask(
     from torch.nn.attention.flex_attention import BlockMask
     m = queries if keys is None else keys
     def pair(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return _at(mask((i + m - queries).view(1, 1), j.view(1, 1)), b, h, i, j)
+        return mask.sees(b, i + (m - queries), j)
     touched = _touched(_Rules(queries, m, 1.0, mask), torch.device(device))
     return BlockMask.from_kv_blocks(*touched, BLOCK_SIZE=128, mask_mod=pair, seq_lengths=(queries, m))

@@ -71,7 +71,7 @@ def _choice(
         if value not in table:
             raise InputError(f"{theirs}={value!r} is not supported", where="config.json", fix=f"models with {', '.join(map(repr, table))} are")
         return {ours: table[value]}
-    back = {mine: value for value, mine in reversed(table.items())}
+    back = {mine: value for value, mine in reversed(list(table.items()))}
     return FieldRule((theirs,), read, lambda config: {theirs: back.get(getattr(config, ours), first)})
 
 # %% ../../nbs/34_models.pretrained.ipynb #83685a1c
@@ -143,7 +143,7 @@ def _typed_windows(
     return FieldRule(("sliding_window", "layer_types", "use_sliding_window", "max_window_layers"), read, write)
 
 # %% ../../nbs/34_models.pretrained.ipynb #7be06062
-_GATES = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh"}
+_GATES: Mapping[object, object] = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh"}
 _SIZES = (_same("vocab_size", "vocab_size"), _same("hidden_size", "d_model"), _same("num_hidden_layers", "n_layers"),
           _same("num_attention_heads", "n_heads"), _same("num_key_value_heads", "n_kv_heads"), _same("intermediate_size", "hidden"),
           _same("max_position_embeddings", "max_length"), _same("rms_norm_eps", "norm_eps", 1e-6), _ROPE)
@@ -217,6 +217,7 @@ _MISTRAL = Family("mistral", "MistralForCausalLM", _ROTARY, (
 ), _LLAMA_TENSORS)
 
 # %% ../../nbs/34_models.pretrained.ipynb #331ef50f
+_DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 _GPT2 = Family(
     "gpt2", "GPT2LMHeadModel", {"norm": "layernorm", "positions": "learned", "bias": True},
     (
@@ -225,7 +226,7 @@ _GPT2 = Family(
         _same("tie_word_embeddings", "tie_embeddings", True),
         _choice("activation_function", "mlp", {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}),
         _only("scale_attn_weights", True), _only("scale_attn_by_inverse_layer_idx", False), _only("add_cross_attention", False),
-        *(FieldRule((name,), lambda record: {}, lambda config, name=name: {name: 0.0}) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")),
+        FieldRule(_DROPOUTS, lambda record: {}, lambda config: dict.fromkeys(_DROPOUTS, 0.0)),
     ),
     _GPT2_TENSORS, layer="transformer.h.{}.", transposed=True)
 
@@ -274,7 +275,7 @@ def config_from_hf(
     if kind not in FAMILIES:
         fix = f"DecoderLM knows {', '.join(FAMILIES)}; to generate from another, load it with transformers and wrap it in HFCausalLM"
         raise InputError(f"there is no model_type {kind!r} here", where="config.json", fix=fix)
-    family = FAMILIES[cast(str, kind)]
+    family = FAMILIES[str(kind)]
     _refuse_unknown(record, family, ignore)
     fields = dict(family.implied)
     for rule in family.rules:
@@ -320,7 +321,7 @@ def hub_views(
     family: Family | None = None, # whose names, by default that of `config_to_hf`
 ) -> dict[str, Tensor]: # the same memory under their names and in their shapes
     "Each tensor of a Hugging Face model as a window onto ours."
-    family = family or FAMILIES[cast(str, config_to_hf(config)["model_type"])]
+    family = family or FAMILIES[str(config_to_hf(config)["model_type"])]
     heads, kv_heads = config.n_heads * config.head_size, (config.n_kv_heads or config.n_heads) * config.head_size
     views: dict[str, Tensor] = {}
     for name, tensor in named.items():
@@ -463,7 +464,7 @@ def load_hf(
     with torch.device("meta"):
         model = DecoderLM(config).to(widest)
     model = model.to_empty(device=device).eval()
-    _fill(model, FAMILIES[cast(str, record["model_type"])], stored)
+    _fill(model, FAMILIES[str(record["model_type"])], stored)
     return model
 
 # %% ../../nbs/34_models.pretrained.ipynb #78d5d8ca
@@ -560,6 +561,20 @@ class HFCache:
             raise InputError(f"this model's cache can't go back ({str(error).split('.')[0]})", fix="feed the text again") from error
 
 # %% ../../nbs/34_models.pretrained.ipynb #1f0e60bc
+def _hf_inputs(
+    ids: Tensor, # (batch, length)
+    cache: HFCache | None, # what was fed before
+    padding: Tensor | None, # (batch,) filler at the left
+) -> dict[str, object]:
+    "Cache, mask and positions in transformers' words."
+    start = 0 if cache is None else cache.length
+    inputs: dict[str, object] = {"past_key_values": None if cache is None else cache.kept, "use_cache": cache is not None}
+    if padding is None:
+        return inputs
+    places = torch.arange(start + ids.shape[1], device=ids.device) - padding[:, None]
+    return inputs | {"attention_mask": (places >= 0).long(), "position_ids": places[:, start:].clamp(min=0)}
+
+# %% ../../nbs/34_models.pretrained.ipynb #1968c2b9
 class HFCausalLM(nn.Module):
     "Any causal language model of transformers as a `CausalLM` to generate from."
     def __init__(
@@ -567,20 +582,17 @@ class HFCausalLM(nn.Module):
         model: "PreTrainedModel", # with a language-model head
     ) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module) or model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+        speaks = getattr(model, "get_output_embeddings", lambda: None)() is not None
+        if not speaks or model.config.is_encoder_decoder:
             raise InputError(f"{type(model).__name__} gives no logits for a next token", fix="use AutoModelForCausalLM.from_pretrained")
         self.model = model
         self._accepts = frozenset(inspect.signature(model.forward).parameters)
-
-    @property
-    def max_length(self) -> int | None: # tokens
-        "What the model can look at, if it says so."
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None) # tokens it can look at, if it says so
 
     @property
     def device(self) -> torch.device: # of the weights
         "Where it wants its ids."
-        return cast(torch.device, self.model.device)
+        return next(self.model.parameters()).device
 
     def new_cache(
         self,
@@ -600,12 +612,6 @@ class HFCausalLM(nn.Module):
         last_only: bool = False, # logits of the last position only
     ) -> Tensor: # (batch, length or 1, vocab)
         "Logits for the token after each position."
-        start = 0 if cache is None else cache.length
-        options: dict[str, object] = {"past_key_values": None if cache is None else cache.kept, "use_cache": cache is not None}
-        if padding is not None:
-            places = torch.arange(start + ids.shape[1], device=ids.device) - padding[:, None]
-            options |= {"attention_mask": (places >= 0).long(), "position_ids": places[:, start:].clamp(min=0)}
-        if last_only and "logits_to_keep" in self._accepts:
-            options["logits_to_keep"] = 1
-        logits = self.model(ids, **{name: value for name, value in options.items() if name in self._accepts}).logits
-        return cast(Tensor, logits[:, -1:] if last_only else logits)
+        options = _hf_inputs(ids, cache, padding) | ({"logits_to_keep": 1} if last_only else {})
+        logits: Tensor = self.model(ids, **{name: value for name, value in options.items() if name in self._accepts}).logits
+        return logits[:, -1:] if last_only else logits
