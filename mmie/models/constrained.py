@@ -348,7 +348,7 @@ def _number_sets(
             following = _closure(wires, {to for first, last, to in steps if first <= low <= last})
             if following and following not in numbers:
                 if len(numbers) >= most:
-                    raise InputError(f"the pattern needs more than {most} states", where="pattern", fix="make it simpler, or repetitions shorter")
+                    raise InputError(f"the pattern needs more than {most} states", where="pattern", fix="make it simpler")
                 numbers[following] = len(numbers)
                 queue.append(following)
             row[low:high] = numbers[following] if following else -1
@@ -409,7 +409,8 @@ def automaton_figure(
     for (a, b), labels in arrows.items():
         bend = 0.0 if b == a + 1 else 0.35 if b > a else -0.35
         if a == b:
-            ax.annotate("", (a - 0.1, 0.17), (a + 0.1, 0.17), arrowprops={"arrowstyle": "->", "connectionstyle": "arc3,rad=1.6", "color": INK})
+            style = {"arrowstyle": "->", "connectionstyle": "arc3,rad=1.6", "color": INK}
+            ax.annotate("", (a - 0.1, 0.17), (a + 0.1, 0.17), arrowprops=style)
         else:
             style = {"arrowstyle": "->", "connectionstyle": f"arc3,rad={-bend}", "shrinkA": 14, "shrinkB": 14, "color": INK}
             ax.annotate("", (b, 0), (a, 0), arrowprops=style)
@@ -534,7 +535,10 @@ class Constraint:
             allowed = self._allowed[states]
         else:
             allowed = self._home[states] < torch.tensor([[row.room] for row in rows], dtype=torch.int32)
-        allowed = torch.nn.functional.pad(allowed, (0, logits.shape[-1] - allowed.shape[1]))
+        if (more := logits.shape[-1] - allowed.shape[1]) < 0:
+            raise InputError(f"the model has {logits.shape[-1]} tokens, the constraint {allowed.shape[1]}", where="constraint",
+                             fix="give it the tokenizer of the model")
+        allowed = torch.nn.functional.pad(allowed, (0, more))
         return logits.masked_fill(~allowed.to(logits.device), -math.inf)
 
 # %% ../../nbs/37_models.constrained.ipynb #3cec4c9e
@@ -545,9 +549,10 @@ def _misfit(
 ) -> InputError:
     "Why a row can't be continued."
     if constraint.eos_id in row.new:
-        return InputError("the text was over, and generation went on", where="eos_id", fix=f"give eos_id={constraint.eos_id} to generate as well")
+        return InputError("the text was over, and generation went on", where="eos_id", fix=f"give generate eos_id={constraint.eos_id}")
     if state < 0:
-        return InputError(f"the tokens {list(row.new)[-5:]} don't fit the pattern", where="constraint", fix="give it the tokenizer of the model")
+        what = f"the tokens {list(row.new)[-5:]} don't fit the pattern"
+        return InputError(what, where="constraint", fix="give it the tokenizer of the model")
     need = int(constraint.distance[state])
     return InputError(f"a match needs {need} tokens and there's room for {row.room}", where="max_new_tokens", fix=f"allow {need} or more")
 

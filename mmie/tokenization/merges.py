@@ -76,13 +76,23 @@ class _Groups(NamedTuple):
     ends: np.ndarray # (different pairs,) int64: where its places end in `at`
     at: np.ndarray # (occurrences,) int64: places
 
+def _order(
+    pairs: np.ndarray, # (n,) int64
+) -> np.ndarray: # (n,) int64: where each comes from
+    "Sort by the second id, then by the first: numbers of 16 bits are sorted by counting, in a third of the time."
+    first, second = pairs >> 32, pairs & _SECOND
+    if max(first.max(initial=0), second.max(initial=0)) >= 1 << 16:
+        return np.argsort(pairs)
+    order = np.argsort(second.astype(np.uint16), kind="stable")
+    return order[np.argsort(first.astype(np.uint16)[order], kind="stable")]
+
 def _group(
     pairs: np.ndarray, # (occurrences,) int64
     at: np.ndarray, # (occurrences,) int64: their places
     weights: np.ndarray, # of all places
 ) -> _Groups:
     "Sort, and add up the weights of equals."
-    order = np.argsort(pairs)
+    order = _order(pairs)
     pairs, at = pairs[order], at[order]
     starts = np.flatnonzero(np.diff(pairs, prepend=-1))
     totals = np.add.reduceat(weights[at], starts) if len(at) else starts
