@@ -400,7 +400,7 @@ def automaton_figure(
     automaton: ByteAutomaton, # a small one
 ) -> "Figure":
     "States as circles, double where the text may end; bytes on the arrows."
-    from mmie.figures import INK, PALETTE, PAPER, figure
+    from mmie.figures import PALETTE, PAPER, figure
     arrows: dict[tuple[int, int], list[int]] = {}
     for state, row in enumerate(automaton.table):
         for byte in np.nonzero(row >= 0)[0]:
@@ -408,12 +408,9 @@ def automaton_figure(
     fig, ax = figure(width=min(9.0, 1.9 + 1.15 * len(automaton.table)), height=2.4)
     for (a, b), labels in arrows.items():
         bend = 0.0 if b == a + 1 else 0.35 if b > a else -0.35
-        if a == b:
-            style = {"arrowstyle": "->", "connectionstyle": "arc3,rad=1.6", "color": INK}
-            ax.annotate("", (a - 0.1, 0.17), (a + 0.1, 0.17), arrowprops=style)
-        else:
-            style = {"arrowstyle": "->", "connectionstyle": f"arc3,rad={-bend}", "shrinkA": 14, "shrinkB": 14, "color": INK}
-            ax.annotate("", (b, 0), (a, 0), arrowprops=style)
+        tip, tail, curve = ((a - 0.1, 0.17), (a + 0.1, 0.17), 1.6) if a == b else ((b, 0), (a, 0), -bend)
+        shrink = 2 if a == b else 14
+        ax.annotate("", tip, tail, arrowprops={"arrowstyle": "->", "connectionstyle": f"arc3,rad={curve}", "shrinkA": shrink, "shrinkB": shrink})
         height = 0.56 if a == b else 0.08 if not bend else bend * abs(b - a) * 0.98
         ax.text((a + b) / 2, height, _label(labels), ha="center", va="bottom", fontsize=9)
     for state, done in enumerate(automaton.accepting):

@@ -92,11 +92,12 @@ PRESETS: dict[str, dict[str, object]] = {
              "norm": "layernorm", "positions": "learned", "bias": True},
     "llama-160m": {"vocab_size": 32000, "d_model": 768, "n_layers": 12, "n_heads": 12, "hidden": 3072, "max_length": 2048,
                    "norm_eps": 1e-6, "tie_embeddings": False},
-    "llama-2-7b": {"vocab_size": 32000, "d_model": 4096, "n_layers": 32, "n_heads": 32, "hidden": 11008, "max_length": 4096, "tie_embeddings": False},
-    "llama-3.1-8b": {"vocab_size": 128256, "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "hidden": 14336, "max_length": 131072,
-                     "rope_theta": 500_000.0, "rope_scaling": RopeScaling(kind="llama3", factor=8, original_length=8192), "tie_embeddings": False},
-    "llama-3.2-1b": {"vocab_size": 128256, "d_model": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "hidden": 8192, "max_length": 131072,
-                     "rope_theta": 500_000.0, "rope_scaling": RopeScaling(kind="llama3", factor=32, original_length=8192)},
+    "llama-2-7b": {"vocab_size": 32000, "d_model": 4096, "n_layers": 32, "n_heads": 32, "hidden": 11008, "max_length": 4096,
+                   "tie_embeddings": False},
+    "llama-3.1-8b": {"vocab_size": 128256, "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "hidden": 14336, "tie_embeddings": False,
+                     "max_length": 131072, "rope_theta": 500_000.0, "rope_scaling": RopeScaling(kind="llama3", factor=8, original_length=8192)},
+    "llama-3.2-1b": {"vocab_size": 128256, "d_model": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "hidden": 8192,
+                     "max_length": 131072, "rope_theta": 500_000.0, "rope_scaling": RopeScaling(kind="llama3", factor=32, original_length=8192)},
     "qwen3-0.6b": {"vocab_size": 151936, "d_model": 1024, "n_layers": 28, "n_heads": 16, "n_kv_heads": 8, "head_dim": 128, "hidden": 3072,
                    "max_length": 40960, "norm_eps": 1e-6, "rope_theta": 1_000_000.0, "qk_norm": True},
 }
@@ -108,7 +109,7 @@ class AttentionConfig(Settings):
     n_heads: int = Field(3, ge=1) # query heads
     n_kv_heads: int | None = Field(None, ge=1) # key and value heads (None: as many)
     head_dim: int | None = Field(None, ge=1) # numbers per head (None: d_model / n_heads)
-    positions: Literal["rope", "alibi", "learned", "sinusoidal", "none"] = "rope" # turned (Llama), penalized distance, a learned table (GPT-2), waves
+    positions: Literal["rope", "alibi", "learned", "sinusoidal", "none"] = "rope" # turned, penalized, a table (GPT-2), waves
     rope_theta: float = Field(10_000.0, gt=1) # ratio of RoPE's slowest to fastest wave
     rope_scaling: RopeScaling | None = None # slower waves, for texts longer than those of the training (Llama 3)
     window: int | None = Field(None, ge=1) # keys that a position sees, itself included (None: all so far)
@@ -268,10 +269,10 @@ def _attention(config: ModelConfig, positions: nn.Module | None, n: int) -> nn.M
         fading = c.attention == "retention"
         return LinearAttention(c.d_model, c.n_heads, c.n_kv_heads, head_dim=c.head_dim, features="none" if fading else "elu", decay=fading,
                                positions=cast("RotaryEmbedding | None", positions), bias=bool(c.bias))
-    local = c.window is not None and not (c.full_every and (n + 1) % c.full_every == 0)
+    window, sinks = (None, 0) if c.full_every and (n + 1) % c.full_every == 0 else (c.window, c.sinks)
     return Attention(
-        c.d_model, c.n_heads, c.n_kv_heads, head_dim=c.head_dim, positions=positions, window=c.window if local else None, sinks=c.sinks if local else 0,
-        softcap=c.softcap, scale=c.attention_scale, bias="qkv" if c.bias == "qkv" else bool(c.bias), qk_norm=c.qk_norm, norm_eps=c.qk_norm_eps,
+        c.d_model, c.n_heads, c.n_kv_heads, head_dim=c.head_dim, positions=positions, window=window, sinks=sinks, softcap=c.softcap,
+        scale=c.attention_scale, bias="qkv" if c.bias == "qkv" else bool(c.bias), qk_norm=c.qk_norm, norm_eps=c.qk_norm_eps,
         backend=c.attention_backend)
 
 # %% ../../nbs/32_models.decoder.ipynb #fad16028
@@ -330,7 +331,7 @@ class DecoderTrunk(nn.Module):
         start = 0 if cache is None else cache.length
         _check_ids(ids, start, self.config)
         if padding is not None and self.config.sinks:
-            raise InputError("rows of different lengths don't begin at the same place, where the sinks are", where="padding", fix="feed them one by one")
+            raise InputError("in rows of different lengths the sinks would be filler", where="padding", fix="feed them one by one")
         mask, places = (None, None) if padding is None else padding_mask(padding, start, ids.shape[1])
         x = self.embedding(ids)
         if self.config.embedding_scale != 1:
@@ -506,7 +507,8 @@ def _read_config(path: Path) -> ModelConfig:
     ours = isinstance(record, dict) and record.get("mmie") == "decoder" and isinstance(record.get("model"), dict)
     if not ours:
         theirs = isinstance(record, dict) and "model_type" in record
-        whose, fix = ("a Hugging Face model", "use DecoderLM.from_hf") if theirs else ("something else", "name a folder that DecoderLM.save wrote")
+        whose = "a Hugging Face model" if theirs else "something else"
+        fix = "use DecoderLM.from_hf" if theirs else "name a folder that DecoderLM.save wrote"
         raise InputError(f"this config belongs to {whose}", where=str(path), fix=fix)
     if record.get("version") != 1:
         raise InputError(f"unknown format version {record.get('version')}", where=str(path), fix="it's from a newer mmie: update")

@@ -8,7 +8,6 @@ __all__ = ['perplexity', 'knobs_figure', 'SamplingPlayground', 'play_with_sampli
 # %% ../../nbs/39_models.playground.ipynb #d14904ff
 import html
 import importlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -40,12 +39,12 @@ def knobs_figure(
     show: int = 16, # tokens to draw; the rest share a bar
 ) -> "Figure":
     "What a model said about the next token, and what the knobs make of it."
-    from mmie.figures import PALETTE, figure
+    from mmie.figures import INK, PALETTE, figure
     said, drawn = logits.float().softmax(-1), next_distribution(logits[None].float(), sampling)[0]
     order = logits.argsort(descending=True, stable=True)
     best = order[:show].tolist()
     fig, ax = figure(width=7.5, height=0.9 + 0.22 * (len(best) + 1))
-    for values, look in ((said, {"fill": False, "edgecolor": PALETTE[4]}), (drawn, {"color": PALETTE[0]})):
+    for values, look in ((drawn, {"color": PALETTE[0], "alpha": 0.5}), (said, {"fill": False, "edgecolor": INK})):
         ax.barh(range(len(best) + 1), [*values[best].tolist(), values[order[show:]].sum().item()], **look)
     ax.set_yticks(range(len(best) + 1), [*map(labels, best), "all others"])
     ax.invert_yaxis()
@@ -113,7 +112,7 @@ def _widget_library() -> "ModuleType":
     try:
         return importlib.import_module("ipywidgets")
     except ImportError as error:
-        raise InputError("the live playground needs ipywidgets", fix="pip install ipywidgets, or use SamplingPlayground(...).html()") from error
+        raise InputError("the live playground needs ipywidgets", fix="pip install ipywidgets, or use SamplingPlayground") from error
 
 def _knobs(
     playground: SamplingPlayground, # whose knobs to show and to set

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..attention.positions import RopeScaling
 from ..core import InputError, atomic_write
-from .decoder import DecoderLM, ModelConfig, count_parameters
+from .decoder import DecoderLM, ModelConfig
 from .layers import default_hidden
 from ..tokenization.bpe import BPETokenizer
 
@@ -69,7 +69,8 @@ def _choice(
     def read(record: Mapping[str, object]) -> dict[str, object]:
         value = record.get(theirs, first)
         if value not in table:
-            raise InputError(f"{theirs}={value!r} is not supported", where="config.json", fix=f"models with {', '.join(map(repr, table))} are")
+            fix = f"models with {', '.join(map(repr, table))} are"
+            raise InputError(f"{theirs}={value!r} is not supported", where="config.json", fix=fix)
         return {ours: table[value]}
     back = {mine: value for value, mine in reversed(list(table.items()))}
     return FieldRule((theirs,), read, lambda config: {theirs: back.get(getattr(config, ours), first)})
@@ -83,7 +84,8 @@ def _theta_and_scaling(config: ModelConfig) -> tuple[float, dict[str, object] | 
     written: dict[str, object] = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind != "linear":
         slow, fast, usual = ("low_freq_factor", "high_freq_factor", 4.0) if scaling.kind == "llama3" else ("beta_slow", "beta_fast", 32.0)
-        written |= {"original_max_position_embeddings": scaling.original_length, slow: scaling.slow_turns, fast: scaling.fast_turns or usual}
+        written |= {"original_max_position_embeddings": scaling.original_length}
+        written |= {slow: scaling.slow_turns, fast: scaling.fast_turns or usual}
     if scaling.kind == "yarn":
         written |= {"attention_factor": scaling.magnitude, "truncate": scaling.truncate}
     return config.rope_theta, written
@@ -96,7 +98,8 @@ def _read_rope(record: Mapping[str, object]) -> dict[str, object]:
     part = given.pop("partial_rotary_factor", None) or record.get("partial_rotary_factor") or 1.0
     if part != 1:
         raise InputError(f"partial_rotary_factor={part!r} is not supported, only 1.0", where="config.json")
-    return {"rope_theta": theta, "rope_scaling": RopeScaling.from_hf(given, max_position_embeddings=cast("int | None", record.get("max_position_embeddings")))}
+    longest = cast("int | None", record.get("max_position_embeddings"))
+    return {"rope_theta": theta, "rope_scaling": RopeScaling.from_hf(given, max_position_embeddings=longest)}
 
 _ROPE = FieldRule(("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"), _read_rope,
                   lambda config: dict(zip(("rope_theta", "rope_scaling"), _theta_and_scaling(config), strict=True)))
@@ -118,7 +121,7 @@ def _read_windows(
     first = types.index("full_attention") + 1 if "full_attention" in types else None
     shape = ModelConfig(vocab_size=2, n_layers=len(types), window=cast(int, window), full_every=first)
     if list(types) != _layer_types(shape):
-        raise InputError("layer_types with and without a window in this order are not supported", where="config.json", fix="every n-th layer may see all")
+        raise InputError("layer_types in this order are not supported", where="config.json", fix="every n-th layer may see all, the others not")
     return {"window": window, "full_every": first}
 
 # %% ../../nbs/34_models.pretrained.ipynb #4f139e3a
@@ -143,6 +146,7 @@ def _typed_windows(
     return FieldRule(("sliding_window", "layer_types", "use_sliding_window", "max_window_layers"), read, write)
 
 # %% ../../nbs/34_models.pretrained.ipynb #7be06062
+_OR_ATTENTION: Mapping[object, object] = {False: False, True: "attention"}
 _GATES: Mapping[object, object] = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh"}
 _SIZES = (_same("vocab_size", "vocab_size"), _same("hidden_size", "d_model"), _same("num_hidden_layers", "n_layers"),
           _same("num_attention_heads", "n_heads"), _same("num_key_value_heads", "n_kv_heads"), _same("intermediate_size", "hidden"),
@@ -187,14 +191,14 @@ class Family:
     transposed: bool = False # does it store a block's matrices input first
 
 # %% ../../nbs/34_models.pretrained.ipynb #29746ca6
-def _without_window(record: Mapping[str, object]) -> list[str]:
+def _from_some_depth(record: Mapping[str, object]) -> list[str]:
     "Qwen's rule for a config that lists no layer types: windows from some depth on."
     layers, first = cast(int, record.get("num_hidden_layers", 32)), cast(int, record.get("max_window_layers", 28))
     return ["sliding_attention" if n >= first else "full_attention" for n in range(layers)]
 
 def _every_second(record: Mapping[str, object]) -> list[str]:
     "Gemma-2's."
-    return (["sliding_attention", "full_attention"] * cast(int, record.get("num_hidden_layers", 26)))[:cast(int, record.get("num_hidden_layers", 26))]
+    return ["full_attention" if n % 2 else "sliding_attention" for n in range(cast(int, record.get("num_hidden_layers", 26)))]
 
 def _qk_norm_too() -> FieldRule:
     "Qwen-3's epsilon serves the norms inside attention as well."
@@ -202,29 +206,24 @@ def _qk_norm_too() -> FieldRule:
 
 # %% ../../nbs/34_models.pretrained.ipynb #e68752e2
 _ROTARY = {"norm": "rmsnorm", "positions": "rope"}
-_LLAMA = Family("llama", "LlamaForCausalLM", _ROTARY, (
-    *_SIZES, _llama_biases(), _choice("hidden_act", "mlp", _GATES), _same("head_dim", "head_dim"), _same("tie_word_embeddings", "tie_embeddings", False),
-), _LLAMA_TENSORS)
-_QWEN2 = Family("qwen2", "Qwen2ForCausalLM", _ROTARY | {"bias": "qkv"}, (
-    *_SIZES, _choice("hidden_act", "mlp", _GATES), _same("tie_word_embeddings", "tie_embeddings", False), _typed_windows(_without_window, switch=True),
-), _LLAMA_TENSORS)
+_USUAL = (*_SIZES, _choice("hidden_act", "mlp", _GATES), _same("tie_word_embeddings", "tie_embeddings", False))
+_QWEN_WINDOWS = _typed_windows(_from_some_depth, switch=True)
+
+_LLAMA = Family("llama", "LlamaForCausalLM", _ROTARY, (*_USUAL, _same("head_dim", "head_dim"), _llama_biases()), _LLAMA_TENSORS)
+_MISTRAL = Family("mistral", "MistralForCausalLM", _ROTARY, (*_USUAL, _same("head_dim", "head_dim"), _mistral_windows()), _LLAMA_TENSORS)
+_QWEN2 = Family("qwen2", "Qwen2ForCausalLM", _ROTARY | {"bias": "qkv"}, (*_USUAL, _QWEN_WINDOWS), _LLAMA_TENSORS)
 _QWEN3 = Family("qwen3", "Qwen3ForCausalLM", _ROTARY | {"qk_norm": True}, (
-    *_SIZES, _choice("hidden_act", "mlp", _GATES), _same("head_dim", "head_dim", 128), _same("tie_word_embeddings", "tie_embeddings", False),
-    _choice("attention_bias", "bias", {False: False, True: "attention"}), _typed_windows(_without_window, switch=True), _qk_norm_too(),
-), _LLAMA_TENSORS)
-_MISTRAL = Family("mistral", "MistralForCausalLM", _ROTARY, (
-    *_SIZES, _choice("hidden_act", "mlp", _GATES), _same("head_dim", "head_dim"), _same("tie_word_embeddings", "tie_embeddings", False), _mistral_windows(),
-), _LLAMA_TENSORS)
+    *_USUAL, _same("head_dim", "head_dim", 128), _choice("attention_bias", "bias", _OR_ATTENTION), _QWEN_WINDOWS, _qk_norm_too()), _LLAMA_TENSORS)
 
 # %% ../../nbs/34_models.pretrained.ipynb #331ef50f
 _DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 _GPT2 = Family(
     "gpt2", "GPT2LMHeadModel", {"norm": "layernorm", "positions": "learned", "bias": True},
     (
-        _same("vocab_size", "vocab_size", 50257), _same("n_embd", "d_model", 768), _same("n_layer", "n_layers", 12), _same("n_head", "n_heads", 12),
-        _same("n_inner", "hidden"), _same("n_positions", "max_length", 1024), _same("layer_norm_epsilon", "norm_eps", 1e-5),
+        _same("vocab_size", "vocab_size", 50257), _same("n_embd", "d_model", 768), _same("n_layer", "n_layers", 12),
+        _same("n_head", "n_heads", 12), _same("n_inner", "hidden"), _same("n_positions", "max_length", 1024), _same("layer_norm_epsilon", "norm_eps", 1e-5),
         _same("tie_word_embeddings", "tie_embeddings", True),
-        _choice("activation_function", "mlp", {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}),
+        _choice("activation_function", "mlp", {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}),
         _only("scale_attn_weights", True), _only("scale_attn_by_inverse_layer_idx", False), _only("add_cross_attention", False),
         FieldRule(_DROPOUTS, lambda record: {}, lambda config: dict.fromkeys(_DROPOUTS, 0.0)),
     ),
@@ -234,15 +233,18 @@ _GPT2 = Family(
 def _gemma_scales() -> FieldRule:
     "Scores are divided by a root, embeddings multiplied by one."
     def read(record: Mapping[str, object]) -> dict[str, object]:
-        root = torch.tensor(cast(int, record["hidden_size"]) ** 0.5).item() # as a float32, like theirs
+        root = torch.tensor(cast(int, record.get("hidden_size", 2304)) ** 0.5).item() # as a float32, like theirs
         return {"attention_scale": cast(float, record.get("query_pre_attn_scalar", 256)) ** -0.5, "embedding_scale": root}
-    return FieldRule(("query_pre_attn_scalar",), read, lambda config: {"query_pre_attn_scalar": round((config.attention_scale or config.head_size**-0.5) ** -2)})
+    def write(config: ModelConfig) -> dict[str, object]:
+        return {"query_pre_attn_scalar": round((config.attention_scale or config.head_size**-0.5) ** -2)}
+    return FieldRule(("query_pre_attn_scalar",), read, write)
 
 _GEMMA2 = Family(
     "gemma2", "Gemma2ForCausalLM", {"norm": "centered_rmsnorm", "positions": "rope", "post_norms": True},
     (
-        *_SIZES, _choice("hidden_activation", "mlp", {"gelu_pytorch_tanh": "geglu_tanh", "gelu": "geglu", "silu": "swiglu"}), _same("head_dim", "head_dim", 256),
-        _same("tie_word_embeddings", "tie_embeddings", True), _choice("attention_bias", "bias", {False: False, True: "attention"}),
+        *_SIZES, _choice("hidden_activation", "mlp", {"gelu_pytorch_tanh": "geglu_tanh", "gelu": "geglu", "silu": "swiglu"}),
+        _only("hidden_act", "gelu_pytorch_tanh"), _same("head_dim", "head_dim", 256), # hidden_act: an older name, which theirs ignores
+        _same("tie_word_embeddings", "tie_embeddings", True), _choice("attention_bias", "bias", _OR_ATTENTION),
         _same("attn_logit_softcapping", "softcap", 50.0), _same("final_logit_softcapping", "logit_softcap", 30.0),
         _gemma_scales(), _typed_windows(_every_second, switch=False), _only("use_bidirectional_attention", None),
     ),
@@ -250,12 +252,15 @@ _GEMMA2 = Family(
 FAMILIES = {family.model_type: family for family in (_GPT2, _LLAMA, _QWEN2, _QWEN3, _MISTRAL, _GEMMA2)}
 
 # %% ../../nbs/34_models.pretrained.ipynb #29d20b09
-_HARMLESS = frozenset("""
-    architectures model_type torch_dtype dtype transformers_version _name_or_path use_cache initializer_range attention_dropout hidden_dropout
-    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id return_dict output_hidden_states output_attentions id2label label2id problem_type
-    chunk_size_feed_forward is_encoder_decoder is_decoder task_specific_params n_ctx pretraining_tp cache_implementation reorder_and_upcast_attn
-    summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout attn_implementation _attn_implementation
-""".split())
+_HARMLESS = {
+    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache", "return_dict", # who made it, for whom
+    "id2label", "label2id", "problem_type", "is_encoder_decoder", "is_decoder", "task_specific_params", "n_ctx", "pretraining_tp",
+    "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "cache_implementation", "attn_implementation", "_attn_implementation",
+    "initializer_range", "attention_dropout", "hidden_dropout", # matter in training only
+    "reorder_and_upcast_attn", # another order of the same operations
+    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", # the tokenizer's business
+    "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", # of a classifier's head
+}
 
 def _refuse_unknown(record: Mapping[str, object], family: Family, ignore: Collection[str]) -> None:
     "Raise `InputError` for a field that could matter and that no rule reads."
@@ -263,7 +268,8 @@ def _refuse_unknown(record: Mapping[str, object], family: Family, ignore: Collec
     for name, value in sorted(record.items()):
         if name not in known and value not in (None, False, [], {}):
             what = "brings its own code, which is never run" if name == "auto_map" else f"has {name}={value!r:.60}, which we don't know"
-            raise InputError(f"this {family.model_type} {what}", where="config.json", fix=f"pass ignore=[{name!r}] if it makes no difference")
+            fix = f"pass ignore=[{name!r}] if it makes no difference"
+            raise InputError(f"this {family.model_type} {what}", where="config.json", fix=fix)
 
 # %% ../../nbs/34_models.pretrained.ipynb #f77f2681
 def config_from_hf(
@@ -283,11 +289,16 @@ def config_from_hf(
     return ModelConfig(**{name: value for name, value in fields.items() if value is not None})
 
 # %% ../../nbs/34_models.pretrained.ipynb #a5c1956b
-def _spelled_out(config: ModelConfig) -> dict[str, object]:
-    "Every choice that decides which function a model is, defaults filled in."
-    fields = config.model_dump(exclude={"attention_backend", "embedding_std", "qk_norm_eps"})
-    fields |= {"n_kv_heads": config.n_kv_heads or config.n_heads, "hidden": config.hidden or default_hidden(config.mlp, config.d_model)}
-    fields |= {"qk_norm": config.qk_norm and config.qk_norm_eps, "head_dim": config.head_size, "attention_scale": config.attention_scale or config.head_size**-0.5}
+def _plain(config: ModelConfig) -> ModelConfig:
+    "The same shape, with the defaults that depend on others filled in."
+    return config.replace(n_kv_heads=config.n_kv_heads or config.n_heads, head_dim=config.head_size,
+                          hidden=config.hidden or default_hidden(config.mlp, config.d_model))
+
+def _function(config: ModelConfig) -> dict[str, object]:
+    "Every choice that decides which function a model is."
+    fields = _plain(config).model_dump(exclude={"attention_backend", "embedding_std", "qk_norm_eps"})
+    fields["qk_norm"] = config.qk_norm and config.qk_norm_eps
+    fields["attention_scale"] = config.attention_scale or config.head_size**-0.5
     fields["rope_theta"], fields["rope_scaling"] = _theta_and_scaling(config) if config.positions == "rope" else (None, None)
     return fields
 
@@ -296,7 +307,7 @@ def _written_by(family: Family, config: ModelConfig) -> tuple[dict[str, object],
     record: dict[str, object] = {"architectures": [family.architecture], "model_type": family.model_type}
     for rule in family.rules:
         record |= rule.write(config)
-    wanted, got = _spelled_out(config), _spelled_out(config_from_hf(record))
+    wanted, got = _function(config), _function(config_from_hf(record))
     return record, sorted(name for name in wanted if wanted[name] != got.get(name))
 
 # %% ../../nbs/34_models.pretrained.ipynb #e72614dc
@@ -304,9 +315,7 @@ def config_to_hf(
     config: ModelConfig, # any shape
 ) -> dict[str, object]: # what goes into config.json
     "A shape in Hugging Face's words. Raises `InputError` if no model of theirs has it."
-    spelled = config.replace(n_kv_heads=config.n_kv_heads or config.n_heads, hidden=config.hidden or default_hidden(config.mlp, config.d_model),
-                             head_dim=config.head_size)
-    tried = {name: _written_by(family, spelled) for name, family in FAMILIES.items()}
+    tried = {name: _written_by(family, _plain(config)) for name, family in FAMILIES.items()}
     nearest = min(tried, key=lambda name: len(tried[name][1]))
     record, lost = tried[nearest]
     if lost:
@@ -348,7 +357,8 @@ def _same_names(stored: Mapping[str, Tensor], views: Mapping[str, Tensor], tied:
         found.pop("lm_head.weight", None)
     for lost, what in ((views.keys() - found.keys(), "are missing from"), (found.keys() - views.keys(), "have no place here but are in")):
         if lost:
-            raise InputError(f"{len(lost)} tensors {what} the weights, such as {min(lost)}", fix="config.json and weights must be of the same model")
+            fix = "config.json and weights must be of the same model"
+            raise InputError(f"{len(lost)} tensors {what} the weights, such as {min(lost)}", fix=fix)
     return found
 
 # %% ../../nbs/34_models.pretrained.ipynb #e18fda2f
@@ -362,8 +372,10 @@ def _fill(model: DecoderLM, family: Family, stored: Mapping[str, Tensor]) -> Non
                 raise InputError(f"{source} has shape {tuple(tensor.shape)}, by config.json it is {tuple(views[name].shape)}",
                                  fix="config.json and weights must be of the same model")
             views[name].copy_(tensor)
-        if model.config.tie_embeddings and "lm_head.weight" in stored and not model.embedding.weight.equal(stored["lm_head.weight"].to(model.embedding.weight)):
-            raise InputError("the weights have an output matrix of their own, but config.json ties it to the embeddings", fix="set tie_word_embeddings to false")
+        table = model.embedding.weight
+        if model.config.tie_embeddings and "lm_head.weight" in stored and not table.equal(stored["lm_head.weight"].to(table)):
+            raise InputError("the weights have an output matrix of their own, but config.json ties it to the embeddings",
+                             fix="set tie_word_embeddings to false")
 
 # %% ../../nbs/34_models.pretrained.ipynb #d4b7c667
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -427,7 +439,8 @@ def hub_folder(
     if path.is_dir():
         return path
     if path.suffix in (*_PICKLES, ".safetensors", ".gguf"):
-        fix = "name its folder" if path.suffix == ".safetensors" else "save it as safetensors: a pickle runs its author's code when it is opened"
+        pickled = "save it as safetensors: a pickle runs its author's code when it is opened"
+        fix = pickled if path.suffix in _PICKLES else "name a folder with config.json and model.safetensors"
         raise InputError("this is a single file", where=str(path), fix=fix)
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(source)):
         raise InputError("there is no such folder", where=str(source), fix="name a folder, or a model on the hub as 'owner/name'")
@@ -459,7 +472,8 @@ def load_hf(
     config = config_from_hf(record, ignore)
     dtypes = {stored[name].dtype for name in stored if not _BUFFERS.search(name)}
     if whole := [kind for kind in dtypes if not kind.is_floating_point]:
-        raise InputError(f"the weights are quantized ({str(whole[0]).removeprefix('torch.')})", fix="take the original model, and quantize it here")
+        kind = str(whole[0]).removeprefix("torch.")
+        raise InputError(f"the weights are quantized ({kind})", fix="take the original model, and quantize it here")
     widest = dtype or max(dtypes, key=lambda kind: kind.itemsize)
     with torch.device("meta"):
         model = DecoderLM(config).to(widest)
@@ -509,7 +523,8 @@ def save_hf_folder(
     if tokenizer is not None:
         theirs = cast(HubTokenizer, tokenizer.to_hf() if isinstance(tokenizer, BPETokenizer) else tokenizer)
         if len(theirs) > model.config.vocab_size:
-            raise InputError(f"the tokenizer has {len(theirs)} ids, the model {model.config.vocab_size}", where="tokenizer", fix="save the one it was trained with")
+            what = f"the tokenizer has {len(theirs)} ids, the model {model.config.vocab_size}"
+            raise InputError(what, where="tokenizer", fix="save the one it was trained with")
         theirs.chat_template = chat_template or theirs.chat_template
         theirs.save_pretrained(str(folder))
         record |= {name: getattr(theirs, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -587,7 +602,7 @@ class HFCausalLM(nn.Module):
             raise InputError(f"{type(model).__name__} gives no logits for a next token", fix="use AutoModelForCausalLM.from_pretrained")
         self.model = model
         self._accepts = frozenset(inspect.signature(model.forward).parameters)
-        self.max_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None) # tokens it can look at, if it says so
+        self.max_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def device(self) -> torch.device: # of the weights
