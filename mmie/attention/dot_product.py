@@ -361,9 +361,8 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, rules: _Rules) -> Tensor:
     everywhere = (0, rules.queries, [(0, rules.keys)], q.device)
     mask, bias = (rules if sees is None else replace(rules, mask=None)).part(*everywhere)
     def pair(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        if mask is None:
-            return sees(b, i + past, j)
-        return _at(mask, b, h, i, j) if sees is None else sees(b, i + past, j) & _at(mask, b, h, i, j)
+        may = j >= 0 if mask is None else _at(mask, b, h, i, j)
+        return may if sees is None else may & sees(b, i + past, j)
     def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         s = s if rules.softcap is None else rules.softcap * torch.tanh(s / rules.softcap)
         return s if bias is None else s + _at(bias, b, h, i, j).to(s.dtype)

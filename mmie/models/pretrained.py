@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
@@ -121,7 +122,7 @@ def _read_windows(
     first = types.index("full_attention") + 1 if "full_attention" in types else None
     shape = ModelConfig(vocab_size=2, n_layers=len(types), window=cast(int, window), full_every=first)
     if list(types) != _layer_types(shape):
-        raise InputError("layer_types in this order are not supported", where="config.json", fix="every n-th layer may see all, the others not")
+        raise InputError("layer_types in this order are not supported", where="config.json", fix="every n-th layer may see all")
     return {"window": window, "full_every": first}
 
 # %% ../../nbs/34_models.pretrained.ipynb #4f139e3a
@@ -213,7 +214,8 @@ _LLAMA = Family("llama", "LlamaForCausalLM", _ROTARY, (*_USUAL, _same("head_dim"
 _MISTRAL = Family("mistral", "MistralForCausalLM", _ROTARY, (*_USUAL, _same("head_dim", "head_dim"), _mistral_windows()), _LLAMA_TENSORS)
 _QWEN2 = Family("qwen2", "Qwen2ForCausalLM", _ROTARY | {"bias": "qkv"}, (*_USUAL, _QWEN_WINDOWS), _LLAMA_TENSORS)
 _QWEN3 = Family("qwen3", "Qwen3ForCausalLM", _ROTARY | {"qk_norm": True}, (
-    *_USUAL, _same("head_dim", "head_dim", 128), _choice("attention_bias", "bias", _OR_ATTENTION), _QWEN_WINDOWS, _qk_norm_too()), _LLAMA_TENSORS)
+    *_USUAL, _same("head_dim", "head_dim", 128), _choice("attention_bias", "bias", _OR_ATTENTION), _QWEN_WINDOWS, _qk_norm_too(),
+), _LLAMA_TENSORS)
 
 # %% ../../nbs/34_models.pretrained.ipynb #331ef50f
 _DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
@@ -233,7 +235,7 @@ _GPT2 = Family(
 def _gemma_scales() -> FieldRule:
     "Scores are divided by a root, embeddings multiplied by one."
     def read(record: Mapping[str, object]) -> dict[str, object]:
-        root = torch.tensor(cast(int, record.get("hidden_size", 2304)) ** 0.5).item() # as a float32, like theirs
+        root = float(np.float32(cast(int, record.get("hidden_size", 2304)) ** 0.5)) # rounded like theirs
         return {"attention_scale": cast(float, record.get("query_pre_attn_scalar", 256)) ** -0.5, "embedding_scale": root}
     def write(config: ModelConfig) -> dict[str, object]:
         return {"query_pre_attn_scalar": round((config.attention_scale or config.head_size**-0.5) ** -2)}
@@ -253,11 +255,12 @@ FAMILIES = {family.model_type: family for family in (_GPT2, _LLAMA, _QWEN2, _QWE
 
 # %% ../../nbs/34_models.pretrained.ipynb #29d20b09
 _HARMLESS = {
-    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache", "return_dict", # who made it, for whom
+    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache", "return_dict",
     "id2label", "label2id", "problem_type", "is_encoder_decoder", "is_decoder", "task_specific_params", "n_ctx", "pretraining_tp",
-    "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "cache_implementation", "attn_implementation", "_attn_implementation",
+    "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "cache_implementation",
+    "attn_implementation", "_attn_implementation", # another order of the same operations, like the next
+    "reorder_and_upcast_attn",
     "initializer_range", "attention_dropout", "hidden_dropout", # matter in training only
-    "reorder_and_upcast_attn", # another order of the same operations
     "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", # the tokenizer's business
     "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", # of a classifier's head
 }
