@@ -124,8 +124,8 @@ class _LatentProjections(nn.Module):
         super().__init__()
         self.n_heads, (self.rank, self.nope, self.rope, self.value) = n_heads, sizes
         def norm(n: int) -> nn.Module: return nn.Identity() if eps is None else nn.RMSNorm(n, eps)
-        squeeze = None if q_lora_rank is None else nn.Sequential(nn.Linear(d_model, q_lora_rank, bias=bias), norm(q_lora_rank))
-        self.q_down = squeeze
+        self.q_down = None if q_lora_rank is None else nn.Linear(d_model, q_lora_rank, bias=bias)
+        self.q_norm = nn.Identity() if q_lora_rank is None else norm(q_lora_rank)
         self.q_proj = nn.Linear(q_lora_rank or d_model, n_heads * (self.nope + self.rope), bias=False)
         self.kv_down = nn.Linear(d_model, self.rank + self.rope, bias=bias)
         self.kv_norm = norm(self.rank)
@@ -145,7 +145,8 @@ class _LatentProjections(nn.Module):
 # %% ../../nbs/26_attention.latent.ipynb #8a9fbad0
 def _queries(layer: _LatentProjections, x: Tensor, positions: nn.Module | None, where: Tensor | int) -> Tensor:
     "What each head asks, its unturned part and its turned one: (batch, n_heads, length, nope + rope)."
-    q = layer.q_proj(x if layer.q_down is None else layer.q_down(x)).unflatten(-1, (layer.n_heads, -1)).transpose(1, 2)
+    x = x if layer.q_down is None else layer.q_norm(layer.q_down(x).to(x.dtype))
+    q = layer.q_proj(x).unflatten(-1, (layer.n_heads, -1)).transpose(1, 2)
     if positions is None:
         return q
     plain, turned = q.split((layer.nope, layer.rope), dim=-1)
@@ -154,7 +155,8 @@ def _queries(layer: _LatentProjections, x: Tensor, positions: nn.Module | None, 
 def _kept(layer: _LatentProjections, x: Tensor, positions: nn.Module | None, where: Tensor | int) -> tuple[Tensor, Tensor]:
     "What is remembered of x: latents (batch, 1, length, rank) and rotary keys (batch, 1, length, rope)."
     latent, turned = layer.kv_down(x)[:, None].split((layer.rank, layer.rope), dim=-1)
-    return layer.kv_norm(latent), turned if positions is None else positions(turned, where)
+    latent = layer.kv_norm(latent.to(x.dtype)).to(turned.dtype) # autocast leaves norms in the precision of x
+    return latent, turned if positions is None else positions(turned, where)
 
 # %% ../../nbs/26_attention.latent.ipynb #8ad6e4ce
 def _expanded(layer: _LatentProjections, kept: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ class Mask:
     length: int | None = None # keys it has something to say about; None: any number
 
     def sees(self, row: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        "Whether queries at positions i see keys at positions j, in these rows of the batch: booleans of the shape that all three broadcast to."
+        "Whether queries at positions i see keys at positions j, in these rows of the batch (three shapes that broadcast)."
         raise NotImplementedError
 
     def spans(self, first: int, last: int, keys: int) -> Spans:
@@ -84,7 +84,7 @@ class Mask:
 
     def __and__(self, other: "Mask") -> "Mask": return _combined(_Both, self, other)
     def __or__(self, other: "Mask") -> "Mask": return _combined(_Either, self, other)
-    def __invert__(self) -> "Mask": return self.mask if isinstance(self, _Not) else _Not(self)
+    def __invert__(self) -> "Mask": return self.mask if isinstance(self, _Not) else _made_of(_Not(self), self)
     def __eq__(self, other: object) -> bool: return type(self) is type(other) and _same(vars(self), vars(other))
     def __hash__(self) -> int: return hash(repr(self))
     def _repr_html_(self) -> str: return _picture(self)
@@ -160,6 +160,12 @@ def _bracketed(mask: Mask, weaker: type[Mask] | tuple[type[Mask], ...]) -> str:
     "Its formula, in brackets if it would fall apart otherwise."
     return f"({mask!r})" if isinstance(mask, weaker) else repr(mask)
 
+def _made_of(mask: Mask, *parts: Mask) -> Mask:
+    "The same, telling apart the rows that its parts do, and covering what they all cover."
+    object.__setattr__(mask, "rows", next((part.rows for part in parts if part.rows is not None), None))
+    object.__setattr__(mask, "length", min((part.length for part in parts if part.length is not None), default=None))
+    return mask
+
 def _combined(kind: type[_Both] | type[_Either], one: Mask, other: object) -> Mask:
     "Both or either, if they fit each other."
     if not isinstance(other, Mask):
@@ -167,11 +173,7 @@ def _combined(kind: type[_Both] | type[_Either], one: Mask, other: object) -> Ma
                          fix="combine rules with rules, or their `dense` with tensors")
     if one.rows is not None and other.rows is not None and one.rows != other.rows:
         raise InputError(f"{one!r} is for {one.rows} rows and {other!r} for {other.rows}", fix="make both for the same batch")
-    mask = kind(one, other)
-    lengths = [m.length for m in (one, other) if m.length is not None]
-    object.__setattr__(mask, "rows", one.rows if other.rows is None else other.rows)
-    object.__setattr__(mask, "length", min(lengths, default=None))
-    return mask
+    return _made_of(kind(one, other), one, other)
 
 # %% ../../nbs/21_attention.masks.ipynb #81d993c9
 @dataclass(frozen=True, eq=False, repr=False)
