@@ -89,17 +89,26 @@ class _Both:
         return self.near.spans(first, last, keys)
 
 # %% ../../nbs/23_attention.multihead.ipynb #40272093
-def _check_numbers(layer: "_Heads") -> None:
-    "Refuse numbers that make no sense, alone or together."
-    for name, value in (("window", layer.window), ("softcap", layer.softcap), ("scale", layer.scale)):
-        if value is not None and not value > 0:
-            raise InputError(f"{name}={value} makes no sense", fix="take a positive number, or leave it out")
-    if layer.sinks < 0 or (layer.sinks and layer.window is None):
-        problem = "makes no sense" if layer.sinks < 0 else "without a window keeps what nobody forgets"
-        raise InputError(f"sinks={layer.sinks} {problem}", fix="take zero, or a positive number with a window")
+def _check_window(window: int | None, sinks: int) -> None:
+    "Refuse windows and sinks that aren't."
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        raise InputError(f"window={window!r} makes no sense", fix="take a whole number from 1 on, or leave it out")
+    if not isinstance(sinks, int) or isinstance(sinks, bool) or sinks < 0:
+        raise InputError(f"sinks={sinks!r} makes no sense", fix="take a whole number, or leave it out")
+    if sinks and window is None:
+        raise InputError(f"sinks={sinks} without a window keeps what nobody forgets", fix="give a window, or leave sinks out")
+
+def _check_numbers(layer: "_Heads", norm_eps: float, bias: bool | str) -> None:
+    "Refuse other values that make no sense."
+    for name, value in (("softcap", layer.softcap), ("scale", layer.scale), ("norm_eps", norm_eps)):
+        if value is not None and not (isinstance(value, int | float) and value > 0):
+            raise InputError(f"{name}={value!r} makes no sense", fix="take a positive number, or leave it out")
+    if bias not in (True, False, "qkv"):
+        raise InputError(f"bias={bias!r} makes no sense", fix="take True, False or 'qkv'")
     if layer.backend not in (*BACKENDS, "auto"):
         raise InputError(f"there is no backend {layer.backend!r}", fix=did_you_mean(layer.backend, [*BACKENDS, "auto"]))
 
+# %% ../../nbs/23_attention.multihead.ipynb #40dd76a3
 def _check_positions(layer: "_Heads") -> None:
     "Refuse positions made for other heads."
     positions = layer.positions
@@ -135,10 +144,9 @@ class _Heads(nn.Module):
         self.n_heads, self.n_kv_heads, self.head_dim = _head_sizes(d_model, n_heads, n_kv_heads, head_dim)
         self.positions, self.backend, self.causal = positions, backend, causal
         self.window, self.sinks, self.softcap, self.scale = window, sinks, softcap, scale
-        _check_numbers(self)
+        _check_window(window, sinks)
+        _check_numbers(self, norm_eps, bias)
         _check_positions(self)
-        if bias not in (True, False, "qkv"):
-            raise InputError(f"bias={bias!r} makes no sense", fix="take True, False or 'qkv'")
         self.qkv_proj = nn.Linear(d_model, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim, bias=bool(bias))
         self.o_proj = nn.Linear(self.n_heads * self.head_dim, d_model, bias=bias is True)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
@@ -366,16 +374,18 @@ def _kept(length: int, window: int, sinks: int, device: torch.device) -> Tensor:
     return torch.where(slots < sinks, slots, newest)
 
 # %% ../../nbs/23_attention.multihead.ipynb #5162daf8
-def _append_piece(cache: "WindowCache", k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-    "More than there's room for: lay old and new in order, then keep the last. Keys, values, and their positions."
+def _append_piece(cache: "WindowCache", k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    "More than there's room for: lay old and new in order, then keep the last."
     old, order = _kept(start, cache.window, cache.sinks, k.device).sort()
     fresh = torch.arange(start, cache.length, device=k.device)
     stay = fresh[(fresh < cache.sinks) | (fresh >= cache.length - cache.window)]
     slots, both = _slots(stay, cache.window, cache.sinks), []
     for memory, new in ((cache.k, k), (cache.v, v)):
-        both.append(torch.cat((memory[:, :, order].to(new.dtype), new), dim=2))
-        memory[:, :, slots] = new[:, :, stay - start].to(memory.dtype)
-    return both[0], both[1], torch.cat((old, fresh))
+        new = new.to(memory.dtype)
+        both.append(torch.cat((memory[:, :, order], new), dim=2))
+        memory[:, :, slots] = new[:, :, stay - start]
+    cache._seen = torch.cat((old, fresh))
+    return both[0], both[1]
 
 # %% ../../nbs/23_attention.multihead.ipynb #58ce47ea
 class WindowCache(_Memory):
@@ -393,6 +403,7 @@ class WindowCache(_Memory):
         *,
         sinks: int = 0, # first positions, kept forever
     ) -> None:
+        _check_window(window, sinks)
         super().__init__(batch, n_kv_heads, sinks + window, head_dim, dtype, device)
         self.window, self.sinks = window, sinks
         self._seen: Tensor | None = None # positions of what `append` returned, if it isn't the memory itself
@@ -407,8 +418,7 @@ class WindowCache(_Memory):
         start, new = self.length, k.shape[2]
         self.length, self._seen = start + new, None
         if new > 1 and self.length > self.k.shape[2]:
-            keys, values, self._seen = _append_piece(self, k, v, start)
-            return keys, values
+            return _append_piece(self, k, v, start)
         _write(self, k, v, start if start < self.sinks else self.sinks + (start - self.sinks) % self.window)
         return self.contents()
 

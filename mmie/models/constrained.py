@@ -193,6 +193,7 @@ def _thing(parser: _Parser) -> Node:
         raise parser.refuse("a { has nothing to repeat", "write \\{")
     return Chars(_character(parser))
 
+# %% ../../nbs/37_models.constrained.ipynb #cbe370f2
 def _group(parser: _Parser) -> Node:
     "What stands in parentheses, with or without a name."
     if bad := parser.ahead(*_REFUSED):
@@ -294,6 +295,7 @@ class _Wires:
                 self.steps[at].append((low, high, end))
         return end
 
+# %% ../../nbs/37_models.constrained.ipynb #0acd42b1
 def _wire(
     wires: _Wires, # grows
     node: Node, # a part of the tree
@@ -473,7 +475,27 @@ def _distances(
             return nearer
         distance[:-1] = nearer
 
-# %% ../../nbs/37_models.constrained.ipynb #a6bb7593
+# %% ../../nbs/37_models.constrained.ipynb #85f60e93
+def _tables(
+    automaton: ByteAutomaton, # over bytes
+    tokenizer: Vocabulary | Mapping[int, bytes], # what each id writes
+    eos_id: int, # the end token
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]: # the next state for each state and token; how far each state is from the end
+    "Read all tokens from all states. Raises `InputError` if that can't be done, or leads nowhere."
+    if not isinstance(eos_id, int) or eos_id < 0:
+        raise InputError(f"eos_id is {eos_id!r}", where="eos_id", fix="give the id of the token that ends a text")
+    tokens = token_bytes(tokenizer) if isinstance(tokenizer, Vocabulary) else dict(tokenizer)
+    tokens.pop(eos_id, None)
+    states, size = len(automaton.table), max([eos_id, *tokens]) + 1
+    if states * size > _MOST_CELLS:
+        raise InputError(f"{states:,} states with {size:,} tokens are too many", where="pattern", fix="make the pattern simpler")
+    table = _token_table(automaton, tokens, size)
+    distance = _distances(table, automaton.accepting)
+    if distance[0] >= _NEVER:
+        raise InputError("no sequence of these tokens matches", where="tokenizer", fix="use a vocabulary that can write the pattern")
+    return table, distance
+
+# %% ../../nbs/37_models.constrained.ipynb #341a999d
 class Constraint:
     "A processor that only lets through what keeps the text matching. Willard and Louf 2023."
     def __init__(
@@ -482,21 +504,12 @@ class Constraint:
         tokenizer: Vocabulary | Mapping[int, bytes], # whose ids the model uses, or what each id writes
         eos_id: int, # the end token; give it to `generate` as well
     ) -> None:
-        if not isinstance(eos_id, int) or eos_id < 0:
-            raise InputError(f"eos_id is {eos_id!r}", where="eos_id", fix="give the id of the token that ends a text")
-        tokens = token_bytes(tokenizer) if isinstance(tokenizer, Vocabulary) else dict(tokenizer)
-        tokens.pop(eos_id, None)
-        states, size = len(automaton.table), max([eos_id, *tokens]) + 1
-        if states * size > _MOST_CELLS:
-            raise InputError(f"{states:,} states with {size:,} tokens are too many", where="pattern", fix="make the pattern simpler")
-        table = _token_table(automaton, tokens, size)
-        self.automaton, self.eos_id, self.distance = automaton, eos_id, _distances(table, automaton.accepting)
+        table, self.distance = _tables(automaton, tokenizer, eos_id)
         home = np.append(self.distance, _NEVER)[table] # how far from the end each token leads
         table[home >= _NEVER] = -1
         home[:, eos_id] = np.where(automaton.accepting, -1, _NEVER) # ending takes nothing
-        self.table, self._home, self._allowed = table, torch.from_numpy(home), torch.from_numpy(home < _NEVER)
-        if self.distance[0] >= _NEVER:
-            raise InputError("no sequence of these tokens matches", where="tokenizer", fix="use a vocabulary that can write the pattern")
+        self.automaton, self.eos_id, self.table = automaton, eos_id, table
+        self._home, self._allowed = torch.from_numpy(home), torch.from_numpy(home < _NEVER)
 
     def state(
         self,
