@@ -380,8 +380,8 @@ def _append_piece(cache: "WindowCache", k: Tensor, v: Tensor, start: int) -> tup
     fresh = torch.arange(start, cache.length, device=k.device)
     stay = fresh[(fresh < cache.sinks) | (fresh >= cache.length - cache.window)]
     slots, both = _slots(stay, cache.window, cache.sinks), []
-    for memory, new in ((cache.k, k), (cache.v, v)):
-        new = new.to(memory.dtype)
+    for memory, given in ((cache.k, k), (cache.v, v)):
+        new = given.to(memory.dtype)
         both.append(torch.cat((memory[:, :, order], new), dim=2))
         memory[:, :, slots] = new[:, :, stay - start]
     cache._seen = torch.cat((old, fresh))

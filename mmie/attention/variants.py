@@ -59,12 +59,18 @@ def _check_halves(layer: Attention, positions: nn.Module | None) -> int:
         raise InputError(f"a head of {layer.head_dim} numbers has no halves", where="head_dim", fix="make it even")
     half = layer.head_dim // 2
     if isinstance(positions, RotaryEmbedding) and positions.head_dim != half:
-        raise InputError(f"the rotation is for {positions.head_dim} numbers, half a head has {half}", where="positions", fix=f"use RotaryEmbedding({half})")
+        raise InputError(f"the rotation is for {positions.head_dim} numbers, half a head has {half}", where="positions",
+                         fix=f"use RotaryEmbedding({half})")
     return half
 
 # %% ../../nbs/25_attention.variants.ipynb #f487de83
 def _find_twice(
-    layer: Attention, x: Tensor, context: Tensor | None, mask: "Tensor | Visibility | None", cache: LayerCache | None, position_ids: Tensor | None,
+    layer: Attention, # whose attention is paired
+    x: Tensor, # this, and the others, as for its `forward`
+    context: Tensor | None,
+    mask: Tensor | Visibility | None,
+    cache: LayerCache | None,
+    position_ids: Tensor | None,
 ) -> Tensor: # (batch, 2 · heads, length, head_dim): what each of the two maps brings, head by head
     "Attention with paired queries."
     bias: ScoreBias | None = None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Ranges', 'ByteRanges', 'Node', 'ByteAutomaton', 'utf8_ranges', 'Chars', 'Row', 'OneOf', 'Repeat', 'parse_pattern',
-           'compile_pattern', 'automaton_figure', 'token_bytes', 'Constraint', 'compile_choices',
+           'compile_pattern', 'automaton_figure', 'token_bytes', 'TokenAutomaton', 'Constraint', 'compile_choices',
            'ContinuationLogProbs', 'continuation_logprobs']
 
 # %% ../../nbs/37_models.constrained.ipynb #ac0f4407
@@ -236,6 +236,7 @@ def _code(parser: _Parser, code: int) -> Ranges:
         raise parser.refuse(f"U+{code:04X} is half a character")
     return ((code, code),)
 
+# %% ../../nbs/37_models.constrained.ipynb #e41a0e7b
 def _character_class(
     parser: _Parser, # behind the opening bracket
 ) -> Ranges: # its characters
@@ -412,7 +413,8 @@ def automaton_figure(
         bend = 0.0 if b == a + 1 else 0.35 if b > a else -0.35
         tip, tail, curve = ((a - 0.1, 0.17), (a + 0.1, 0.17), 1.6) if a == b else ((b, 0), (a, 0), -bend)
         shrink = 2 if a == b else 14
-        ax.annotate("", tip, tail, arrowprops={"arrowstyle": "->", "connectionstyle": f"arc3,rad={curve}", "shrinkA": shrink, "shrinkB": shrink})
+        look = {"arrowstyle": "->", "connectionstyle": f"arc3,rad={curve}", "shrinkA": shrink, "shrinkB": shrink}
+        ax.annotate("", tip, tail, arrowprops=look)
         height = 0.56 if a == b else 0.08 if not bend else bend * abs(b - a) * 0.98
         ax.text((a + b) / 2, height, _label(labels), ha="center", va="bottom", fontsize=9)
     for state, done in enumerate(automaton.accepting):
@@ -496,13 +498,13 @@ def _tables(
     return table, distance
 
 # %% ../../nbs/37_models.constrained.ipynb #341a999d
-class Constraint:
-    "A processor that only lets through what keeps the text matching. Willard and Louf 2023."
+class TokenAutomaton:
+    "An automaton as a vocabulary sees it: what each token does in each state. Willard and Louf 2023."
     def __init__(
         self,
         automaton: ByteAutomaton, # from `compile_pattern` or `compile_choices`
         tokenizer: Vocabulary | Mapping[int, bytes], # whose ids the model uses, or what each id writes
-        eos_id: int, # the end token; give it to `generate` as well
+        eos_id: int, # the end token, allowed where the text may end
     ) -> None:
         table, self.distance = _tables(automaton, tokenizer, eos_id)
         home = np.append(self.distance, _NEVER)[table] # how far from the end each token leads
@@ -531,6 +533,9 @@ class Constraint:
         "What may come next."
         return (self._home[self.state(new)] < (_NEVER if room is None else room)).nonzero()[:, 0]
 
+# %% ../../nbs/37_models.constrained.ipynb #42e2155c
+class Constraint(TokenAutomaton):
+    "A processor that only lets through what keeps the text matching; give its `eos_id` to `generate` as well."
     def __call__(
         self,
         rows: Sequence[Continuation], # the batch
@@ -551,10 +556,10 @@ class Constraint:
         allowed = torch.nn.functional.pad(allowed, (0, more))
         return logits.masked_fill(~allowed.to(logits.device), -math.inf)
 
-# %% ../../nbs/37_models.constrained.ipynb #3cec4c9e
+# %% ../../nbs/37_models.constrained.ipynb #def6802c
 def _misfit(
     row: Continuation, # that can't go on
-    constraint: Constraint, # the rule
+    constraint: TokenAutomaton, # the rule
     state: int, # where it is, −1 if nowhere
 ) -> InputError:
     "Why a row can't be continued."
