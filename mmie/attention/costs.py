@@ -16,6 +16,7 @@ from .latent import LatentAttention, LatentCache
 from .linear import LinearAttention
 from .multihead import Attention, KVCache
 from .positions import RotaryEmbedding
+from .variants import DifferentialAttention
 from ..core import InputError
 from ..figures import PALETTE, figure
 from ..measure import format_bytes, format_seconds, measure, peak_memory, text_table
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 def _rotary(d_model: int, n_heads: int) -> RotaryEmbedding:
     return RotaryEmbedding(d_model // n_heads)
 
-AnyAttention = Attention | LatentAttention | LinearAttention
+AnyAttention = Attention | LatentAttention | LinearAttention # the first includes DifferentialAttention
 
 VARIANTS: dict[str, Callable[[int, int], AnyAttention]] = { # (d_model, n_heads) → layer
     "multi-head": lambda d, h: Attention(d, h, positions=_rotary(d, h)),
@@ -38,6 +39,7 @@ VARIANTS: dict[str, Callable[[int, int], AnyAttention]] = { # (d_model, n_heads)
     "window + sinks": lambda d, h: Attention(d, h, positions=_rotary(d, h), window=128, sinks=4),
     "soft-cap": lambda d, h: Attention(d, h, positions=_rotary(d, h), softcap=50.0),
     "QK-norm": lambda d, h: Attention(d, h, positions=_rotary(d, h), qk_norm=True),
+    "differential": lambda d, h: DifferentialAttention(d, h // 2, positions=RotaryEmbedding(d // h)),
     "latent": lambda d, h: LatentAttention(d, h, positions=RotaryEmbedding(d // h // 2)),
     "linear": lambda d, h: LinearAttention(d, h, decay=True),
 }
@@ -98,7 +100,7 @@ def layer_cost(
     with torch.inference_mode():
         peak = peak_memory(lambda: layer(text), weight.device).bytes # and a warm-up
         prefill = measure(lambda: layer(text), repeats=repeats, warmup=0)
-        step = measure(_one_more(layer, text), repeats=3 * repeats)
+        step = measure(_one_more(layer, text), repeats=5 * repeats)
         cache = layer.new_cache(1, length, weight.dtype, "meta").bytes
     return LayerCost(name, length, min(prefill.seconds), min(step.seconds), peak, cache)
 

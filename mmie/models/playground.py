@@ -59,6 +59,17 @@ class _Shown(Protocol):
     def _repr_mimebundle_(self) -> dict[str, object] | None:
         "How the browser finds it."
 
+def _static(
+    picture: "Figure", # the distribution
+    prompt: str, # the text so far
+    written: Sequence[str], # what comes after it
+) -> str: # HTML
+    "A picture with some texts below."
+    from mmie.figures import figure_html
+    start = f"<b>{html.escape(prompt)}</b> "
+    return figure_html(picture, "The next token's probabilities") + "".join(f"<p>{start}{html.escape(text)}</p>" for text in written)
+
+# %% ../../nbs/39_models.playground.ipynb #7be9cdbd
 class SamplingPlayground:
     "A model, a prompt and four knobs; a notebook shows it as a widget or as a static page."
     def __init__(
@@ -83,7 +94,10 @@ class SamplingPlayground:
         return self._sampling
 
     @sampling.setter
-    def sampling(self, sampling: Sampling) -> None:
+    def sampling(
+        self,
+        sampling: Sampling, # the new knobs
+    ) -> None:
         self._sampling = sampling
         for listener in self.listeners:
             listener()
@@ -95,10 +109,7 @@ class SamplingPlayground:
 
     def html(self) -> str: # self-contained, without any script
         "The static face."
-        from mmie.figures import figure_html
-        picture = figure_html(knobs_figure(self.logits, self._sampling, lambda i: self.decode([i])), f"next tokens with {self._sampling!r}")
-        start = f"<b>{html.escape(self.decode(self.prompt))}</b> "
-        return picture + "".join(f"<p>{start}{html.escape(text)}</p>" for text in self.written())
+        return _static(knobs_figure(self.logits, self._sampling, lambda i: self.decode([i])), self.decode(self.prompt), self.written())
 
     def _repr_mimebundle_(self, **kwargs: object) -> dict[str, object]:
         return {**((self.panel and self.panel._repr_mimebundle_()) or {}), "text/plain": repr(self), "text/html": self.html()}

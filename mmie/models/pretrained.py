@@ -223,7 +223,8 @@ _GPT2 = Family(
     "gpt2", "GPT2LMHeadModel", {"norm": "layernorm", "positions": "learned", "bias": True},
     (
         _same("vocab_size", "vocab_size", 50257), _same("n_embd", "d_model", 768), _same("n_layer", "n_layers", 12),
-        _same("n_head", "n_heads", 12), _same("n_inner", "hidden"), _same("n_positions", "max_length", 1024), _same("layer_norm_epsilon", "norm_eps", 1e-5),
+        _same("n_head", "n_heads", 12), _same("n_inner", "hidden"), _same("n_positions", "max_length", 1024),
+        _same("layer_norm_epsilon", "norm_eps", 1e-5),
         _same("tie_word_embeddings", "tie_embeddings", True),
         _choice("activation_function", "mlp", {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}),
         _only("scale_attn_weights", True), _only("scale_attn_by_inverse_layer_idx", False), _only("add_cross_attention", False),
@@ -404,7 +405,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"there is no {path.name} here", where=str(path.parent), fix="name a folder from the Hugging Face hub") from error
     except ValueError as error:
         raise InputError(f"not JSON ({error})", where=str(path), fix="the file is damaged: copy the folder again") from error
-    return cast(dict[str, Any], record)
+    if not isinstance(record, dict):
+        raise InputError("no JSON object", where=str(path), fix="the file is damaged: copy the folder again")
+    return record
 
 # %% ../../nbs/34_models.pretrained.ipynb #5aee4d35
 class StoredTensors(Mapping[str, Tensor]):
@@ -467,12 +470,11 @@ def load_hf(
     ignore: Collection[str] = (), # fields of config.json to skip, see `config_from_hf`
 ) -> DecoderLM: # in eval mode
     "A Hugging Face model as a `DecoderLM` of its own. Raises `InputError` for what we don't have, naming it; runs no code from a folder."
-    if isinstance(source, nn.Module):
-        record, stored = cast("PreTrainedModel", source).config.to_dict(), cast(Mapping[str, Tensor], source.state_dict())
-    else:
-        folder = hub_folder(source, revision)
-        record, stored = _read_json(folder / "config.json"), StoredTensors(folder)
+    theirs = cast("PreTrainedModel", source) if isinstance(source, nn.Module) else None
+    folder = hub_folder(cast("str | Path", source), revision) if theirs is None else Path()
+    record = _read_json(folder / "config.json") if theirs is None else theirs.config.to_dict()
     config = config_from_hf(record, ignore)
+    stored: Mapping[str, Tensor] = StoredTensors(folder) if theirs is None else theirs.state_dict()
     dtypes = {stored[name].dtype for name in stored if not _BUFFERS.search(name)}
     if whole := [kind for kind in dtypes if not kind.is_floating_point]:
         kind = str(whole[0]).removeprefix("torch.")
