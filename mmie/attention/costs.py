@@ -123,7 +123,7 @@ def cost_panels(
     for cost in sorted(costs, key=lambda cost: cost.length):
         curves.setdefault(cost.name, []).append((cost.length, getattr(cost, quantity) * factor / (cost.length if per_word else 1)))
     rows = -(-len(curves) // 5)
-    fig, axes = figure(ncols=5, nrows=rows, width=9, height=0.6 + 1.5 * rows)
+    fig, axes = figure(ncols=5, nrows=rows, width=9, height=0.6 + 1.35 * rows)
     for number, (ax, name) in enumerate(zip(axes.flat, curves, strict=False)):
         for points in curves.values():
             ax.plot(*zip(*points, strict=True), "-", color="0.8", lw=0.8)

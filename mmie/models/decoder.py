@@ -11,6 +11,7 @@ __all__ = ['AttentionKind', 'PRESETS', 'IGNORE', 'AttentionConfig', 'ModelConfig
 import importlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
@@ -27,6 +28,7 @@ from ..attention.latent import LatentAttention
 from ..attention.linear import LinearAttention
 from ..attention.multihead import Attention, LayerCache
 from ..attention.positions import ALiBi, LearnedPositions, RopeScaling, RotaryEmbedding, sinusoidal_table
+from ..attention.variants import DifferentialAttention, initial_lambda
 from ..core import InputError, Settings, atomic_write, did_you_mean
 from .generation import generate as generate_tokens
 from .layers import GATED, MLP, Block, MixtureOfExperts, MlpKind, NormKind, default_hidden, init_block, make_mlp, make_norm
@@ -36,10 +38,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # %% ../../nbs/32_models.decoder.ipynb #3fa73935
-AttentionKind = Literal["softmax", "latent", "linear", "retention"]
+AttentionKind = Literal["softmax", "differential", "latent", "linear", "retention"]
 _ROTARY = ("rope", "alibi") # positions that act inside attention
 _MISSING: dict[str, tuple[str, ...]] = { # what a kind of attention doesn't have: fields, or kinds of positions
-    "softmax": (), "latent": ("n_kv_heads", "window", "softcap", "qk_norm", "alibi"),
+    "softmax": (), "differential": ("alibi",), "latent": ("n_kv_heads", "window", "softcap", "qk_norm", "alibi"),
     "linear": ("window", "softcap", "qk_norm", "attention_scale", "rope", "alibi"),
     "retention": ("window", "softcap", "qk_norm", "attention_scale", "alibi"),
 }
@@ -60,7 +62,7 @@ def _options_misfit(
     for name, (other, value) in _NEEDS.items():
         if getattr(config, name) and (getattr(config, other) != value if value else not getattr(config, other)):
             return f"{name} means nothing without {other}{f'={value!r}' if value else ''}: give both, or neither"
-    if config.attention != "softmax" and config.bias == "qkv":
+    if config.attention not in ("softmax", "differential") and config.bias == "qkv":
         return f"{config.attention} attention can't have bias='qkv': use True or False"
     if config.experts is not None and config.experts_per_token > config.experts:
         return f"{config.experts_per_token} of {config.experts} experts can't be asked: make experts_per_token smaller"
@@ -80,6 +82,8 @@ def _misfit(
         return f"n_heads={heads} can't share n_kv_heads={kv_heads} evenly: use one of {fitting}"
     if config.positions == "rope" and config.rotary_dim % 2:
         return f"RoPE turns pairs of numbers and a head has {config.rotary_dim}: make head_dim even, or use positions='learned'"
+    if config.attention == "differential" and config.head_size % 2:
+        return f"differential attention halves its heads and a head has {config.head_size}: make head_dim even"
     if config.positions == "sinusoidal" and d % 2:
         return f"sines and cosines come in pairs and d_model={d} is odd: make it even"
     return _options_misfit(config)
@@ -94,10 +98,12 @@ PRESETS: dict[str, dict[str, object]] = {
                    "norm_eps": 1e-6, "tie_embeddings": False},
     "llama-2-7b": {"vocab_size": 32000, "d_model": 4096, "n_layers": 32, "n_heads": 32, "hidden": 11008, "max_length": 4096,
                    "tie_embeddings": False},
-    "llama-3.1-8b": {"vocab_size": 128256, "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "hidden": 14336, "tie_embeddings": False,
-                     "max_length": 131072, "rope_theta": 500_000.0, "rope_scaling": RopeScaling(kind="llama3", factor=8, original_length=8192)},
+    "llama-3.1-8b": {"vocab_size": 128256, "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "hidden": 14336,
+                     "tie_embeddings": False, "max_length": 131072, "rope_theta": 500_000.0,
+                     "rope_scaling": RopeScaling(kind="llama3", factor=8, original_length=8192)},
     "llama-3.2-1b": {"vocab_size": 128256, "d_model": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "hidden": 8192,
-                     "max_length": 131072, "rope_theta": 500_000.0, "rope_scaling": RopeScaling(kind="llama3", factor=32, original_length=8192)},
+                     "max_length": 131072, "rope_theta": 500_000.0,
+                     "rope_scaling": RopeScaling(kind="llama3", factor=32, original_length=8192)},
     "qwen3-0.6b": {"vocab_size": 151936, "d_model": 1024, "n_layers": 28, "n_heads": 16, "n_kv_heads": 8, "head_dim": 128, "hidden": 3072,
                    "max_length": 40960, "norm_eps": 1e-6, "rope_theta": 1_000_000.0, "qk_norm": True},
 }
@@ -150,9 +156,11 @@ class ModelConfig(AttentionConfig):
         return self.head_dim or self.d_model // self.n_heads
 
     @property
-    def rotary_dim(self) -> int: # all, but for latent attention
+    def rotary_dim(self) -> int: # all, or half of them where a head has two maps
         "Numbers per head that RoPE turns."
-        return self.head_size if self.attention != "latent" else self.qk_rope_head_dim or max(2, self.head_size // 4 * 2)
+        if self.attention == "latent":
+            return self.qk_rope_head_dim or max(2, self.head_size // 4 * 2)
+        return self.head_size // 2 if self.attention == "differential" else self.head_size
 
     @property
     def stream_std(self) -> float: # embedding_std, or its default
@@ -183,7 +191,7 @@ def _attention_size(config: ModelConfig) -> int:
         queries = d * asking if c.q_lora_rank is None else c.q_lora_rank * (d + asking + 1 + biases)
         return queries + d * (rank + turned) + rank + rank * 2 * heads + heads * d + biases * (rank + turned + d)
     matrices = d * (heads + 2 * kv_heads) + heads * d + (heads + 2 * kv_heads if c.bias else 0) + biases * d
-    return matrices + (2 * size if c.qk_norm else 0)
+    return matrices + (2 * size if c.qk_norm else 0) + (3 * size if c.attention == "differential" else 0)
 
 # %% ../../nbs/32_models.decoder.ipynb #a513b738
 def count_parameters(
@@ -258,21 +266,22 @@ def padding_mask(
 # %% ../../nbs/32_models.decoder.ipynb #89492bd4
 def _attention(config: ModelConfig, positions: nn.Module | None, n: int) -> nn.Module:
     "The attention of block number n, as the config wants it."
-    c = config
+    c, biases = config, bool(config.bias)
+    rope = cast("RotaryEmbedding | None", positions)
     if c.attention == "latent":
-        rope = c.rotary_dim if c.positions == "rope" else 0
+        turned, rank = c.rotary_dim if c.positions == "rope" else 0, c.kv_lora_rank or 4 * c.head_size
         return LatentAttention(
-            c.d_model, c.n_heads, kv_lora_rank=c.kv_lora_rank or 4 * c.head_size, q_lora_rank=c.q_lora_rank, qk_nope_head_dim=c.head_size,
-            qk_rope_head_dim=rope, v_head_dim=c.head_size, positions=cast("RotaryEmbedding | None", positions), scale=c.attention_scale,
-            bias=bool(c.bias), backend=c.attention_backend)
+            c.d_model, c.n_heads, kv_lora_rank=rank, q_lora_rank=c.q_lora_rank, qk_nope_head_dim=c.head_size, qk_rope_head_dim=turned,
+            v_head_dim=c.head_size, positions=rope, scale=c.attention_scale, bias=biases, backend=c.attention_backend)
     if c.attention in ("linear", "retention"):
         fading = c.attention == "retention"
-        return LinearAttention(c.d_model, c.n_heads, c.n_kv_heads, head_dim=c.head_dim, features="none" if fading else "elu", decay=fading,
-                               positions=cast("RotaryEmbedding | None", positions), bias=bool(c.bias))
+        return LinearAttention(c.d_model, c.n_heads, c.n_kv_heads, head_dim=c.head_dim, features="none" if fading else "elu",
+                               decay=fading, positions=rope, bias=biases)
     window, sinks = (None, 0) if c.full_every and (n + 1) % c.full_every == 0 else (c.window, c.sinks)
-    return Attention(
+    kind = partial(DifferentialAttention, lambda_init=initial_lambda(n)) if c.attention == "differential" else Attention
+    return kind(
         c.d_model, c.n_heads, c.n_kv_heads, head_dim=c.head_dim, positions=positions, window=window, sinks=sinks, softcap=c.softcap,
-        scale=c.attention_scale, bias="qkv" if c.bias == "qkv" else bool(c.bias), qk_norm=c.qk_norm, norm_eps=c.qk_norm_eps,
+        scale=c.attention_scale, bias="qkv" if c.bias == "qkv" else biases, qk_norm=c.qk_norm, norm_eps=c.qk_norm_eps,
         backend=c.attention_backend)
 
 # %% ../../nbs/32_models.decoder.ipynb #fad16028
