@@ -417,8 +417,7 @@ class WindowCache(_Memory):
         _check_gradient(k)
         start, new = self.length, k.shape[2]
         self.length, self._seen = start + new, None
-        if new > 1 and self.length > self.k.shape[2]:
-            return _append_piece(self, k, v, start)
+        if new > 1 and self.length > self.k.shape[2]: return _append_piece(self, k, v, start)
         _write(self, k, v, start if start < self.sinks else self.sinks + (start - self.sinks) % self.window)
         return self.contents()
 
