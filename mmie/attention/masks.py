@@ -53,15 +53,15 @@ class Mask:
     length: int | None = None # keys it has something to say about; None: any number
 
     def sees(self, row: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        "Whether queries at positions i see keys at positions j, in these rows of the batch (three shapes that broadcast)."
+        "Whether in a row of the batch the query at i sees the key at j: booleans, of the shape that all three broadcast to."
         raise NotImplementedError
 
     def spans(self, first: int, last: int, keys: int) -> Spans:
-        "Keys that some of the queries at positions first … last may see: outside, they see nothing."
+        "Of so many keys, the ranges that some of the queries at positions first … last may see: outside, they see nothing."
         raise NotImplementedError
 
     def sure(self, first: int, last: int, keys: int) -> Spans:
-        "Keys that all of these queries see."
+        "Of so many keys, the ranges that all queries at positions first … last see."
         raise NotImplementedError
 
     def dense(

@@ -246,6 +246,10 @@ class Attention(_Heads):
             return KVCache(batch, self.n_kv_heads, max_length, self.head_dim, dtype, device)
         return WindowCache(batch, self.n_kv_heads, self.window, self.head_dim, dtype, device, sinks=self.sinks)
 
+    def extra_repr(self) -> str:
+        sees = "causal" if self.causal and self.window is None else _near(self) or "everything"
+        return f"{self.n_heads} heads of {self.head_dim} on {self.n_kv_heads}, {sees}"
+
 # %% ../../nbs/23_attention.multihead.ipynb #ec7ddf5a
 def attention_maps(
     layer: Attention, # any of its kinds

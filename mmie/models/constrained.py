@@ -626,6 +626,8 @@ def _score(
     owner = torch.tensor([row for row, candidates in enumerate(several) for _ in candidates], dtype=torch.long, device=on)
     targets = torch.tensor([candidate + [0] * (width - len(candidate)) for candidate in flat], dtype=torch.long, device=on)
     logits = logits[owner]
+    if flat and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[-1]:
+        raise InputError(f"a candidate has a token outside 0 … {logits.shape[-1] - 1}", where="continuations", fix="use the model's tokenizer")
     if width > 1:
         cache.select(owner)
         rest = model(targets[:, :-1], cache=cache, padding=None if padding is None else padding[owner])
@@ -642,10 +644,11 @@ def _checked_candidates(
 ) -> tuple[list[list[int]], list[list[list[int]]]]: # both as lists
     "What the caller gave, as lists. Raises `InputError` for what can't be scored."
     rows = checked_prompts(prompts, 0, max_length)
-    if len(rows) != len(continuations):
-        what = f"{len(rows)} prompts and candidates for {len(continuations)}"
+    several = [[one.tolist() if isinstance(one, Tensor) else one for one in candidates] for candidates in continuations]
+    if len(rows) != len(several):
+        what = f"{len(rows)} prompts and candidates for {len(several)}"
         raise InputError(what, where="continuations", fix="give a list of candidates for each prompt")
-    for n, (row, candidates) in enumerate(zip(rows, continuations, strict=True)):
+    for n, (row, candidates) in enumerate(zip(rows, several, strict=True)):
         for k, candidate in enumerate(candidates):
             where = f"continuations[{n}][{k}]"
             if isinstance(candidate, int):
@@ -655,7 +658,7 @@ def _checked_candidates(
             if max_length is not None and len(row) + len(candidate) > max_length:
                 what = f"{len(row)} prompt tokens and {len(candidate)} more are over the model's {max_length}"
                 raise InputError(what, where=where, fix="shorten the prompt")
-    return rows, [[list(candidate) for candidate in candidates] for candidates in continuations]
+    return rows, [[list(candidate) for candidate in candidates] for candidates in several]
 
 def _groups(
     rows: list[list[int]], # prompts
