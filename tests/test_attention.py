@@ -248,7 +248,7 @@ def test_a_learned_bias_learns() -> None:
 
 @pytest.mark.parametrize(("make", "says"), [
     (lambda: window(0), "at least 1"), (lambda: window(2.5), "whole number"), (lambda: sinks(-1), "at least 0"),
-    (lambda: padding(), "neither side"), (lambda: prefix([[1]]), "one for each row"), (lambda: padding(left=[1], lengths=[1, 2]), "rows"),
+    (padding, "neither side"), (lambda: prefix([[1]]), "one for each row"), (lambda: padding(left=[1], lengths=[1, 2]), "rows"),
     (lambda: document([]), "whole numbers"), (lambda: document([True]), "whole numbers"), (lambda: causal() | 3, "combined"),
     (lambda: prefix([1, 2]) & prefix([1, 2, 3]), "same batch"), (lambda: document([0, 0]).dense(3), "covers 2"),
 ])
