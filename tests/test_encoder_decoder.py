@@ -209,8 +209,8 @@ def test_the_page_says_what_python_says(read: Any, tmp_path: Path) -> None:
         page.goto(page_file.as_uri())
         assert page.locator(".words b").all_text_contents() == list(explorer.seen.tokens) and page.locator(".all button").count() == 6
         for layer, head in ((1, 1), (2, 3)):
-            page.get_by_label("Layer").select_option(value=str(layer - 1))
-            page.get_by_label("Head").select_option(value=str(head - 1))
+            page.get_by_label("Layer").select_option(index=layer - 1)
+            page.get_by_label("Head").select_option(index=head - 1)
             page.locator(".words button").first.focus()
             for token in range(1, len(text) + 1):
                 explorer.look(layer, head, token)

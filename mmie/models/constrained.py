@@ -170,7 +170,7 @@ def _repeated(
 ) -> Node:
     "A part with what says how often."
     found = re.compile(r"(\*|\+|\?|\{(\d*)(,?)(\d*)\})([?+]?)").match(parser.pattern, parser.at)
-    if not found or found[1] in ("{}", "{,}"):
+    if not found or found[1] == "{}":
         return part
     if found[5] == "+":
         raise parser.refuse(f"{found[0]!r} forbids going back", "an automaton never does: drop the last +")
@@ -259,12 +259,14 @@ def parse_pattern(
     "Read a regular expression. Raises `InputError` for what is wrong in it, and for what a finite automaton can't do."
     if not isinstance(pattern, str):
         raise InputError(f"a pattern is a text, not {type(pattern).__name__}", where="pattern")
+    parser = _Parser(pattern)
     try:
         re.compile(pattern, re.ASCII)
+        tree = _choice(parser)
     except (re.error, OverflowError) as error:
         raise InputError(f"the pattern {pattern!r} is wrong: {error}", where="pattern") from error
-    parser = _Parser(pattern)
-    tree = _choice(parser)
+    except RecursionError as error:
+        raise InputError("the pattern has too many parentheses inside each other", where="pattern") from error
     if parser.at < len(pattern):
         raise parser.refuse(f"{pattern[parser.at]!r} is out of place")
     return tree
@@ -379,14 +381,18 @@ def _minimal(
     return ByteAutomaton(numbers[classes[table[first]]], automaton.accepting[first])
 
 @functools.lru_cache(maxsize=64)
+def _compiled(tree: Node, most_states: int) -> ByteAutomaton:
+    "The smallest automaton for a tree."
+    wires = _Wires()
+    start = wires.state()
+    return _minimal(_number_sets(wires, start, _wire(wires, tree, start), most_states))
+
 def compile_pattern(
     pattern: str, # as for `re.fullmatch` with `re.ASCII`
     most_states: int = 5_000, # give up beyond
 ) -> ByteAutomaton:
     "A regular expression as an automaton over bytes; kept for the next time. Raises `InputError`. Thompson 1968."
-    wires = _Wires()
-    start = wires.state()
-    automaton = _minimal(_number_sets(wires, start, _wire(wires, parse_pattern(pattern), start), most_states))
+    automaton = _compiled(parse_pattern(pattern), most_states)
     if not len(automaton.table):
         raise InputError(f"no text matches the pattern {pattern!r}", where="pattern")
     return automaton
@@ -627,7 +633,8 @@ def _score(
     targets = torch.tensor([candidate + [0] * (width - len(candidate)) for candidate in flat], dtype=torch.long, device=on)
     logits = logits[owner]
     if flat and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[-1]:
-        raise InputError(f"a candidate has a token outside 0 … {logits.shape[-1] - 1}", where="continuations", fix="use the model's tokenizer")
+        what = f"a candidate has a token outside 0 … {logits.shape[-1] - 1}"
+        raise InputError(what, where="continuations", fix="use the model's tokenizer")
     if width > 1:
         cache.select(owner)
         rest = model(targets[:, :-1], cache=cache, padding=None if padding is None else padding[owner])

@@ -684,7 +684,8 @@ _BENDS: dict[str, SourceMlpKind] = {"relu": "relu", "gelu": "gelu", "gelu_new": 
 _OLD: dict[str, object] = {"norm": "layernorm", "norm_first": False, "bias": True}
 _T5 = _Family("T5ForConditionalGeneration", _t5_names(False),
     {"vocab_size": "vocab_size", "d_model": "d_model", "head_dim": "d_kv", "hidden": "d_ff", "n_heads": "num_heads",
-     "encoder_layers": "num_layers", "decoder_layers": "num_decoder_layers", "norm_eps": "layer_norm_epsilon", "buckets": "relative_attention_num_buckets",
+     "encoder_layers": "num_layers", "decoder_layers": "num_decoder_layers", "norm_eps": "layer_norm_epsilon",
+     "buckets": "relative_attention_num_buckets",
      "furthest": "relative_attention_max_distance", "scale_logits": "tie_word_embeddings", "start_id": "decoder_start_token_id"},
     {"positions": "relative", "attention_scale": 1.0}, "feed_forward_proj", {})
 _MARIAN = _Family("MarianMTModel", _marian_names(),
@@ -721,7 +722,7 @@ def _config_to_hf(config: EncoderDecoderConfig) -> tuple[str, dict[str, object]]
     kind = next((kind for kind in ("t5", "marian") if all(values[k] == v for k, v in _FAMILIES[kind].always.items())), None)
     bend = next((theirs for theirs, ours in _BENDS.items() if ours == config.mlp), None)
     if kind is None or bend is None or config.scale_logits > config.tie_embeddings:
-        raise InputError("transformers has no such model", where="to_hf", fix="start from the preset 't5-small', or from a config of Marian's")
+        raise InputError("transformers has no such model", where="to_hf", fix="start from the preset 't5-small', or from a Marian")
     family = _FAMILIES[kind]
     record = {theirs: values[ours] for ours, theirs in (*family.fields.items(), *((a, b) for b, a in family.extra.items()))}
     return kind, record | {"model_type": kind, "architectures": [family.classes], family.bend: bend, "is_encoder_decoder": True}
