@@ -186,6 +186,7 @@ def trade_figure(
     length: int, # the length to show
 ) -> "Figure": # lower left is better
     "Time to add a word against memory of the past, a point for each variant."
+    from matplotlib.ticker import LogLocator
     rows = [cost for cost in costs if cost.length == length]
     fig, ax = figure(width=7, height=3.6)
     for number, cost in enumerate(rows):
@@ -194,5 +195,8 @@ def trade_figure(
         ax.annotate(cost.name, (cost.cache / 1e6, cost.step * 1e3), xytext=(6 * side, 4 * side - 3), textcoords="offset points",
                     fontsize=9, ha="left" if side > 0 else "right")
     ax.set(xscale="log", yscale="log", xlabel="memory of the past, MB", ylabel="time to add a word, ms", title=f"one layer, {length} words")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 4.0)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.minorticks_off()
     ax.margins(x=0.15, y=0.15)
     return fig
