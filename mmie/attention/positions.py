@@ -310,7 +310,7 @@ def _from_hf(parameters: Mapping[str, object] | None, longest: int | None, lengt
 # %% ../../nbs/22_attention.positions.ipynb #e176128d
 def alibi_slopes(
     n_heads: int, # any number from 1 on
-) -> Tensor: # (n_heads,) float32, at most 1/√2 and at least 1/256
+) -> Tensor: # (n_heads,) float32, below 1 and at least 1/256
     "Penalty per word of distance for each head (Press et al., 2021). Raises `InputError` without heads."
     if n_heads < 1:
         raise InputError(f"{n_heads} heads have no slopes", where="n_heads")

@@ -360,7 +360,13 @@ class DecoderTrunk(nn.Module):
 # %% ../../nbs/32_models.decoder.ipynb #95cec7b5
 class RemembersPositions(Protocol):
     "An attention that makes its own memory, as all kinds do."
-    def new_cache(self, batch: int, max_length: int, dtype: torch.dtype, device: torch.device) -> LayerCache: ...
+    def new_cache(
+        self,
+        batch: int, # rows
+        max_length: int, # room for this many positions
+        dtype: torch.dtype, # of what goes in
+        device: torch.device, # where it lives
+    ) -> LayerCache: ... # empty
 
 def make_cache(
     model: DecoderTrunk, # whose layers are remembered
@@ -375,8 +381,30 @@ def make_cache(
     return DecoderCache([attention.new_cache(batch, max_length or c.max_length, dtype, place) for attention in attentions])
 
 # %% ../../nbs/32_models.decoder.ipynb #e4f2edeb
-_PRETRAINED = "mmie.models.pretrained" # a later chapter, asked only when needed
+_PRETRAINED = "mmie.models.pretrained" # a later chapter
 
+def _from_hf(
+    cls: "type[DecoderLM]", # of what
+    source: "nn.Module | str | Path", # a model of transformers, a folder, or a name on the hub
+    **options: object, # see `load_hf`
+) -> "DecoderLM":
+    "A Hugging Face model as one of ours. Raises `InputError` for what we don't have."
+    return cast(DecoderLM, importlib.import_module(_PRETRAINED).load_hf(source, **options))
+
+def _to_hf(self: "DecoderLM") -> "PreTrainedModel": # a copy
+    "The same model in transformers. Raises `InputError` if it has none like it."
+    return importlib.import_module(_PRETRAINED).as_transformers(self)
+
+def _save_hf(
+    self: "DecoderLM", # any precision, any device
+    folder: str | Path, # made if it is missing
+    tokenizer: object = None, # goes along, ours or theirs
+    **options: object, # see `save_hf_folder`
+) -> None:
+    "Write a folder that transformers loads. Raises `InputError` if it has no model like this."
+    importlib.import_module(_PRETRAINED).save_hf_folder(self, folder, tokenizer, **options)
+
+# %% ../../nbs/32_models.decoder.ipynb #f836168f
 class DecoderLM(DecoderTrunk):
     "A decoder-only language model. Radford et al. 2019, Touvron et al. 2023."
     def __init__(
@@ -410,6 +438,9 @@ class DecoderLM(DecoderTrunk):
 
     new_cache = make_cache
     generate = generate_tokens
+    from_hf = classmethod(_from_hf)
+    to_hf = _to_hf
+    save_hf = _save_hf
 
     @property
     def n_parameters(self) -> int: # trained numbers
@@ -424,19 +455,6 @@ class DecoderLM(DecoderTrunk):
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "DecoderLM": # from a folder, to a device
         "Read what `save` wrote. Raises `InputError` if the folder holds something else, or something damaged."
         return load_decoder(folder, device)
-
-    @classmethod
-    def from_hf(cls, source: "nn.Module | str | Path", **options: object) -> "DecoderLM": # see `load_hf`
-        "A Hugging Face model, folder or hub name as one of ours. Raises `InputError` for what we don't have."
-        return importlib.import_module(_PRETRAINED).load_hf(source, **options)
-
-    def to_hf(self) -> "PreTrainedModel": # a copy
-        "The same model in transformers. Raises `InputError` if it has none like it."
-        return importlib.import_module(_PRETRAINED).as_transformers(self)
-
-    def save_hf(self, folder: str | Path, tokenizer: object = None, **options: object) -> None: # see `save_hf_folder`
-        "Write a folder that transformers loads. Raises `InputError` if it has no model like this."
-        importlib.import_module(_PRETRAINED).save_hf_folder(self, folder, tokenizer, **options)
 
 # %% ../../nbs/32_models.decoder.ipynb #b6d315af
 def init_decoder(
