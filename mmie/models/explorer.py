@@ -52,7 +52,8 @@ def decoder_maps(
     ids = tokenizer.encode(text)
     if not ids:
         raise InputError("there's nothing to look at", where="text", fix="type a few words")
-    maps = maps_while(lambda: model(torch.tensor([ids], device=model.device)), [block.attention for block in model.blocks]) # type: ignore[misc]
+    on, layers = torch.tensor([ids], device=model.device), [block.attention for block in model.blocks]
+    maps = maps_while(lambda: model(on), layers) # type: ignore[arg-type]
     return SentenceMaps(tuple(legible(tokenizer.decode_bytes([i])) for i in ids), torch.stack(maps)[:, 0].float().cpu())
 
 # %% ../../nbs/38_models.explorer.ipynb #429cd75d
@@ -69,7 +70,7 @@ def heads_figure(
             sheet[layer * (n + gap):, head * (n + gap):][:n, :n] = seen.maps[layer, head].sqrt()
     width = min(9.0, 1.6 * heads + 1)
     fig, ax = figure(width=width, height=(width - 0.8) * layers / heads + 0.6)
-    image = ax.imshow(sheet, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+    image = ax.imshow(sheet.numpy(), cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
     ax.grid(False)
     ax.set_xticks([head * (n + gap) + n / 2 for head in range(heads)], range(1, heads + 1))
     ax.set_yticks([layer * (n + gap) + n / 2 for layer in range(layers)], range(1, layers + 1))
@@ -160,15 +161,19 @@ def habits_figure(
 # %% ../../nbs/38_models.explorer.ipynb #15ed4f56
 class _Tokenizes(Protocol):
     "A tokenizer of the tokenizers package, as far as it matters here."
-    def encode(self, sequence: str) -> "_Encoding": ...
+    def encode(
+        self,
+        sequence: str, # any text
+    ) -> "_Encoding": ...
 
 class _Encoding(Protocol):
     "What it returns."
     @property
-    def ids(self) -> list[int]: ...
+    def ids(self) -> list[int]: ... # with those of [CLS] and [SEP]
     @property
-    def tokens(self) -> list[str]: ...
+    def tokens(self) -> list[str]: ... # to read
 
+# %% ../../nbs/38_models.explorer.ipynb #64c1d108
 class SentenceEncoder:
     "A trained BERT with its tokenizer: sentences in, unit vectors or attention maps out. Reimers and Gurevych 2019."
     def __init__(
@@ -246,14 +251,15 @@ def _scene(
 ) -> dict[str, object]: # what the template reads
     "Everything on the page, as plain values."
     shares = seen.maps[layer, head, token].tolist()
-    habits = [[str(habit) for habit in row] for row in head_habits(seen)] if len(seen.tokens) > 1 else [[""] * seen.maps.shape[1]] * seen.maps.shape[0]
+    habits = [[str(habit) for habit in row] for row in head_habits(seen)] if len(seen.tokens) > 1 else [[""] * seen.maps.shape[1]] * len(seen.maps)
     words = [{"text": text, "alpha": f"{share:.2f}", "percent": f"{100 * share:.0f} %" if share >= 0.005 else ""}
              for text, share in zip(seen.tokens, shares, strict=True)]
     layers, heads = seen.maps.shape[:2]
-    data = {"tokens": list(seen.tokens), "layers": layers, "heads": heads, "token": token, "habits": habits, "maps": _packed(seen.maps)}
-    return {"title": f"Where tokens look: {layers} layers of {heads} heads", "words": words, "said": _said(seen, layer, head, token), "layers": layers,
-            "heads": heads, "layer": layer, "head": head, "token": token, "habits": habits, "data": data}
+    shared = {"layers": layers, "heads": heads, "token": token, "habits": habits}
+    return shared | {"title": f"Where tokens look: {layers} layers of {heads} heads", "words": words, "said": _said(seen, layer, head, token),
+                     "layer": layer, "head": head, "data": shared | {"tokens": list(seen.tokens), "maps": _packed(seen.maps)}}
 
+# %% ../../nbs/38_models.explorer.ipynb #0cc5aeb9
 @functools.cache
 def _template() -> "TemplateModule":
     "The macros that write HTML."
@@ -332,6 +338,16 @@ def _widgets() -> "ModuleType":
     except ImportError as error:
         raise InputError("the live explorer needs ipywidgets", fix="pip install ipywidgets, or use AttentionExplorer") from error
 
+def _choices(
+    explorer: AttentionExplorer, # what to choose from
+) -> list[list[str]]: # layers, heads with their habits, tokens
+    "What the three menus say."
+    seen = explorer.seen
+    habits = head_habits(seen)[explorer.layer] if len(seen.tokens) > 1 else [""] * seen.maps.shape[1]
+    rows = ([""] * len(seen.maps), habits, seen.tokens)
+    return [[f"{n}: {label}" if str(label) else str(n) for n, label in enumerate(row, 1)] for row in rows]
+
+# %% ../../nbs/38_models.explorer.ipynb #45b2360f
 def _live(
     explorer: AttentionExplorer, # what to show and to set
 ) -> _Panel:
@@ -343,15 +359,12 @@ def _live(
     view = w.HTML()
 
     def show() -> None:
-        seen, at = explorer.seen, (explorer.layer, explorer.head, explorer.token)
-        habits = head_habits(seen)[explorer.layer] if len(seen.tokens) > 1 else [""] * seen.maps.shape[1]
-        names = ([str(n + 1) for n in range(len(seen.maps))], [f"{n + 1}: {habit}" for n, habit in enumerate(habits)],
-                 [f"{n + 1}: {token}" for n, token in enumerate(seen.tokens)])
+        at = explorer.layer, explorer.head, explorer.token
         busy[0] = True # what follows isn't the reader's choice
-        for choice, labels, now in zip(choices, names, at, strict=True):
+        for choice, labels, now in zip(choices, _choices(explorer), at, strict=True):
             choice.options, choice.value = [(label, n) for n, label in enumerate(labels)], now
         busy[0] = False
-        view.value = str(_template().view(_scene(seen, *at))) # type: ignore[attr-defined]
+        view.value = str(_template().view(_scene(explorer.seen, *at))) # type: ignore[attr-defined]
 
     def chosen(change: Mapping[str, object]) -> None:
         if not busy[0]:
@@ -370,6 +383,7 @@ def _live(
     panel: _Panel = w.VBox([box, *choices, view])
     return panel
 
+# %% ../../nbs/38_models.explorer.ipynb #c58812fd
 def explore_attention(
     read: Callable[[str], SentenceMaps], # such as `load_minilm().maps`
     text: str = "Type a sentence and see where its words look.", # to begin with
