@@ -8,10 +8,9 @@ __all__ = ['ScoreBias', 'BACKENDS', 'attention_loop', 'causal_mask', 'repeat_kv'
 
 # %% ../../nbs/20_attention.dot_product.ipynb #436330f7
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
 import math
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 import torch.nn.functional as F
@@ -88,12 +87,12 @@ def _cut(x: Tensor, start: int, stop: int, spans: Sequence[tuple[int, int]]) -> 
     "The part of a matrix for these queries and these spans of keys; a dimension of one serves all."
     x = _four(x)
     x = x if x.shape[2] == 1 else x[:, :, start:stop]
-    parts = [x if x.shape[3] == 1 else x[..., a:b] for a, b in spans]
-    return parts[0] if len(parts) == 1 or x.shape[3] == 1 else torch.cat(parts, -1)
+    if x.shape[3] == 1 or spans == [(0, x.shape[3])]:
+        return x
+    return torch.cat([x[..., a:b] for a, b in spans], -1)
 
 # %% ../../nbs/20_attention.dot_product.ipynb #b2e95d43
-@dataclass(frozen=True, slots=True)
-class _Rules:
+class _Rules(NamedTuple):
     "What happens to the scores between the two products, for any part of the square."
     queries: int # the last positions
     keys: int # all positions
@@ -119,17 +118,16 @@ class _Rules:
         self, start: int, stop: int, spans: Sequence[tuple[int, int]], device: torch.device,
     ) -> tuple[Tensor | None, Tensor | None]:
         "Who may look, and what is added, in four dimensions: for these queries and the keys of these spans."
-        i = j = torch.empty(0)
-        if self.causal or callable(self.mask) or callable(self.bias): # a rule will ask for positions
-            i = torch.arange(start, stop, device=device)[:, None] + (self.keys - self.queries)
-            j = torch.cat([torch.arange(a, b, device=device) for a, b in spans])[None]
-        may = _four(j <= i) if self.causal else None
-        if self.mask is not None:
-            mask = _cut(self.mask, start, stop, spans) if isinstance(self.mask, Tensor) else _four(self.mask(i, j))
-            may = mask if may is None else may & mask
-        if self.bias is None:
-            return may, None
-        return may, _cut(self.bias, start, stop, spans) if isinstance(self.bias, Tensor) else _four(self.bias(i, j))
+        mask, bias = (_cut(x, start, stop, spans) if isinstance(x, Tensor) else None for x in (self.mask, self.bias))
+        if not (self.causal or callable(self.mask) or callable(self.bias)):
+            return mask, bias
+        i = torch.arange(start, stop, device=device)[:, None] + (self.keys - self.queries) # a rule will ask for positions
+        j = torch.cat([torch.arange(a, b, device=device) for a, b in spans])[None]
+        if self.mask is not None and not isinstance(self.mask, Tensor):
+            mask = _four(self.mask(i, j))
+        if self.causal:
+            mask = _four(j <= i) if mask is None else mask & (j <= i)
+        return mask, bias if self.bias is None or isinstance(self.bias, Tensor) else _four(self.bias(i, j))
 
 # %% ../../nbs/20_attention.dot_product.ipynb #4c49ed01
 def _shares(q: Tensor, k: Tensor, rules: _Rules) -> Tensor: # (batch, heads, queries, keys)
@@ -259,10 +257,8 @@ class _Spans(torch.autograd.Function):
 
 # %% ../../nbs/20_attention.dot_product.ipynb #a15df496
 def _block_size(rules: _Rules) -> int:
-    "Queries to take at a time: all of them where no rule saves any keys."
+    "Queries to take at a time."
     n = rules.queries
-    if not rules.ruled:
-        return n
     stops = {-(-n * quarter // 4) for quarter in (1, 2, 3, 4)}
     reach = max(sum(b - a for a, b in rules.spans(max(0, stop - 64), stop)) for stop in stops)
     return max(64, min(reach // 2, -(-n // 8)))
@@ -296,9 +292,9 @@ def _blockwise(
     block: _Block, # the work on one block
 ) -> Tensor: # (batch, heads, queries, value_dim)
     "Block by block of queries, each with the spans of keys that it may need."
-    n, size, outs = rules.queries, _block_size(rules), []
     if not rules.ruled:
         return _one_block(q, k, v, rules, 0, [(0, rules.keys)], block)
+    n, size, outs = rules.queries, _block_size(rules), []
     spans = [rules.spans(start, min(start + size, n)) for start in range(0, n, size)]
     pieces = [iter(_Spans.apply(x, [span for of_block in spans for span in of_block])) for x in (k, v)]
     for start, part, of_block in zip(range(0, n, size), q.split(size, 2), spans, strict=True):
@@ -359,7 +355,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, rules: _Rules) -> Tensor:
         raise InputError("FlexAttention computes no gradients without a GPU", fix="take backend='auto', or torch.inference_mode()")
     past, sees = rules.keys - rules.queries, getattr(rules.mask, "sees", None)
     everywhere = (0, rules.queries, [(0, rules.keys)], q.device)
-    mask, bias = (rules if sees is None else replace(rules, mask=None)).part(*everywhere)
+    mask, bias = (rules if sees is None else rules._replace(mask=None)).part(*everywhere)
     def pair(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         may = j >= 0 if mask is None else _at(mask, b, h, i, j)
         return may if sees is None else may & sees(b, i + past, j)

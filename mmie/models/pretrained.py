@@ -511,7 +511,10 @@ class HubTokenizer(Protocol):
     pad_token_id: int | None
     chat_template: str | None
     def __len__(self) -> int: ...
-    def save_pretrained(self, folder: str) -> object: ...
+    def save_pretrained(
+        self,
+        folder: str, # made if it is missing
+    ) -> object: ...
 
 # %% ../../nbs/34_models.pretrained.ipynb #618fa1ba
 def save_hf_folder(
