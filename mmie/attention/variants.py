@@ -66,11 +66,11 @@ def _check_halves(layer: Attention, positions: nn.Module | None) -> int:
 # %% ../../nbs/25_attention.variants.ipynb #f487de83
 def _find_twice(
     layer: Attention, # whose attention is paired
-    x: Tensor, # this, and the others, as for its `forward`
-    context: Tensor | None,
-    mask: Tensor | Visibility | None,
-    cache: LayerCache | None,
-    position_ids: Tensor | None,
+    x: Tensor, # (batch, length, d_model)
+    context: Tensor | None, # (batch, keys, d_model) to look at instead
+    mask: Tensor | Visibility | None, # who may look
+    cache: LayerCache | None, # the earlier positions
+    position_ids: Tensor | None, # (length,) or (batch, length)
 ) -> Tensor: # (batch, 2 · heads, length, head_dim): what each of the two maps brings, head by head
     "Attention with paired queries."
     bias: ScoreBias | None = None
@@ -125,8 +125,8 @@ class DifferentialAttention(Attention):
         first, second = _find_twice(self, x, context, mask, cache, position_ids).unflatten(1, (-1, 2)).unbind(2)
         found = first - self.subtracted().to(first.dtype) * second
         if self.head_norm is not None:
-            found = (1 - self.lambda_init) * self.head_norm(found)
-        return self.o_proj(found.transpose(1, 2).flatten(2))
+            found = (1 - self.lambda_init) * self.head_norm(found.to(self.head_norm.weight.dtype))
+        return self.o_proj(found.to(first.dtype).transpose(1, 2).flatten(2))
 
 # %% ../../nbs/25_attention.variants.ipynb #4c62f58f
 def differential_maps(

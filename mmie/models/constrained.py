@@ -421,7 +421,7 @@ def automaton_figure(
         shrink = 2 if a == b else 14
         look = {"arrowstyle": "->", "connectionstyle": f"arc3,rad={curve}", "shrinkA": shrink, "shrinkB": shrink}
         ax.annotate("", tip, tail, arrowprops=look)
-        height = 0.56 if a == b else 0.08 if not bend else bend * abs(b - a) * 0.98
+        height = 0.56 if a == b else 0.08 if not bend else bend * abs(b - a) * 0.72
         ax.text((a + b) / 2, height, _label(labels), ha="center", va="bottom", fontsize=9)
     for state, done in enumerate(automaton.accepting):
         ax.plot(state, 0, "o", markersize=26, color=PALETTE[0], markerfacecolor=PAPER, zorder=3)
