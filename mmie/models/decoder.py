@@ -111,6 +111,7 @@ PRESETS: dict[str, dict[str, object]] = {
 # %% ../../nbs/32_models.decoder.ipynb #f2af8d4d
 class AttentionConfig(Settings):
     "How a decoder attends."
+    d_model: int = Field(192, ge=2) # width of the residual stream
     attention: AttentionKind = "softmax" # "linear" is without softmax, "retention" the same with a fading past
     n_heads: int = Field(3, ge=1) # query heads
     n_kv_heads: int | None = Field(None, ge=1) # key and value heads (None: as many)
@@ -130,11 +131,22 @@ class AttentionConfig(Settings):
     qk_rope_head_dim: int | None = Field(None, ge=2) # latent: turned numbers of a head, besides the others (None: half as many)
     attention_backend: Literal["auto", "sdpa", "explicit", "reference"] = "auto" # how; the result is the same
 
+    @property
+    def head_size(self) -> int: # head_dim, or d_model / n_heads
+        "Numbers per head."
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def rotary_dim(self) -> int: # all, or half of them where a head has two maps
+        "Numbers per head that RoPE turns."
+        if self.attention == "latent":
+            return self.qk_rope_head_dim or max(2, self.head_size // 4 * 2)
+        return self.head_size // 2 if self.attention == "differential" else self.head_size
+
 # %% ../../nbs/32_models.decoder.ipynb #34eb3c62
 class ModelConfig(AttentionConfig):
     "The shape of a decoder."
     vocab_size: int = Field(ge=2) # token ids it knows
-    d_model: int = Field(192, ge=2) # width of the residual stream
     n_layers: int = Field(6, ge=1) # blocks
     max_length: int = Field(256, ge=2) # most tokens it looks at, prompt and answer together
     mlp: MlpKind = "swiglu" # see `make_mlp`
@@ -149,18 +161,6 @@ class ModelConfig(AttentionConfig):
     embedding_std: float | None = Field(None, gt=0) # of fresh embeddings (None: 0.35 / √d_model)
     embedding_scale: float = Field(1.0, gt=0) # multiplies what the embeddings give (Gemma: √d_model)
     logit_softcap: float | None = Field(None, gt=0) # bends logits into ± this (Gemma-2)
-
-    @property
-    def head_size(self) -> int: # head_dim, or d_model / n_heads
-        "Numbers per head."
-        return self.head_dim or self.d_model // self.n_heads
-
-    @property
-    def rotary_dim(self) -> int: # all, or half of them where a head has two maps
-        "Numbers per head that RoPE turns."
-        if self.attention == "latent":
-            return self.qk_rope_head_dim or max(2, self.head_size // 4 * 2)
-        return self.head_size // 2 if self.attention == "differential" else self.head_size
 
     @property
     def stream_std(self) -> float: # embedding_std, or its default
