@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% ../../nbs/37_models.constrained.ipynb #d2850fe2
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class ByteAutomaton:
     "A machine that reads bytes and knows at each moment whether what it has read is complete. State 0 is the start."
     table: NDArray[np.int32] # (states, 256): the next state, −1 where the byte is not allowed
@@ -55,6 +55,9 @@ class ByteAutomaton:
         "Whether the text is complete, from its first to its last byte."
         state = self.state_after(text.encode("utf-8") if isinstance(text, str) else text)
         return state >= 0 and bool(self.accepting[state])
+
+    def __repr__(self) -> str:
+        return f"ByteAutomaton({len(self.table)} states, {int(self.accepting.sum())} of them accepting)"
 
 # %% ../../nbs/37_models.constrained.ipynb #1e093c37
 Ranges = tuple[tuple[int, int], ...] # sorted, disjoint: first and last code point
@@ -651,6 +654,8 @@ def _checked_candidates(
 ) -> tuple[list[list[int]], list[list[list[int]]]]: # both as lists
     "What the caller gave, as lists. Raises `InputError` for what can't be scored."
     rows = checked_prompts(prompts, 0, max_length)
+    if any(isinstance(candidates, int) for candidates in continuations):
+        raise InputError("a prompt's candidates are a list of lists", where="continuations", fix="wrap it: a list of candidates for each prompt")
     several = [[one.tolist() if isinstance(one, Tensor) else one for one in candidates] for candidates in continuations]
     if len(rows) != len(several):
         what = f"{len(rows)} prompts and candidates for {len(several)}"

@@ -313,6 +313,17 @@ class _Waves(nn.Module):
         return self._table[places]
 
 # %% ../../nbs/32_models.decoder.ipynb #5a17157f
+def _entrance(trunk: "DecoderTrunk", ids: Tensor, start: int, places: Tensor | None) -> Tensor:
+    "What enters the first block: a vector for each token, and one for its place if the config wants that."
+    x = cast(Tensor, trunk.embedding(ids))
+    if trunk.config.embedding_scale != 1:
+        x = x * torch.tensor(trunk.config.embedding_scale, dtype=x.dtype) # rounded like the weights, as Gemma was trained
+    if trunk.position_embedding is None:
+        return x
+    own = torch.arange(start, start + ids.shape[1], device=ids.device) if places is None else places
+    return x + trunk.position_embedding(own).to(x.dtype)
+
+# %% ../../nbs/32_models.decoder.ipynb #20460ecf
 class DecoderTrunk(nn.Module):
     "Embeddings, blocks and the last norm: from token ids to features."
     def __init__(
@@ -342,12 +353,7 @@ class DecoderTrunk(nn.Module):
         if padding is not None and self.config.sinks:
             raise InputError("in rows of different lengths the sinks would be filler", where="padding", fix="feed them one by one")
         mask, places = (None, None) if padding is None else padding_mask(padding, start, ids.shape[1])
-        x = self.embedding(ids)
-        if self.config.embedding_scale != 1:
-            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype) # rounded like the weights, as Gemma was trained
-        if self.position_embedding is not None:
-            own = torch.arange(start, start + ids.shape[1], device=ids.device) if places is None else places
-            x = x + self.position_embedding(own).to(x.dtype)
+        x = _entrance(self, ids, start, places)
         for i, block in enumerate(self.blocks):
             x = block(x, mask=mask, cache=None if cache is None else cache.layers[i], position_ids=places)
         return self.norm(x)
@@ -379,6 +385,22 @@ def make_cache(
     dtype = torch.get_autocast_dtype(place.type) if mixed else next(model.norm.parameters()).dtype
     attentions = [cast(RemembersPositions, cast(Block, block).attention) for block in model.blocks]
     return DecoderCache([attention.new_cache(batch, max_length or c.max_length, dtype, place) for attention in attentions])
+
+# %% ../../nbs/32_models.decoder.ipynb #c63a5cb6
+def _save(
+    self: "DecoderLM", # any precision, any device
+    folder: str | Path, # made if it is missing
+) -> None:
+    "Write model.safetensors and config.json into a folder."
+    save_decoder(self, folder)
+
+def _load(
+    cls: "type[DecoderLM]", # of what
+    folder: str | Path, # written by `save`
+    device: str | torch.device = "cpu", # where to put it
+) -> "DecoderLM": # in the precision it was saved in
+    "Read what `save` wrote. Raises `InputError` if the folder holds something else, or something damaged."
+    return load_decoder(folder, device)
 
 # %% ../../nbs/32_models.decoder.ipynb #e4f2edeb
 _PRETRAINED = "mmie.models.pretrained" # a later chapter
@@ -438,6 +460,8 @@ class DecoderLM(DecoderTrunk):
 
     new_cache = make_cache
     generate = generate_tokens
+    save = _save
+    load = classmethod(_load)
     from_hf = classmethod(_from_hf)
     to_hf = _to_hf
     save_hf = _save_hf
@@ -446,15 +470,6 @@ class DecoderLM(DecoderTrunk):
     def n_parameters(self) -> int: # trained numbers
         "Size of the model; a matrix used twice counts once."
         return sum(p.numel() for p in self.parameters())
-
-    def save(self, folder: str | Path) -> None: # made if it is missing
-        "Write model.safetensors and config.json into a folder."
-        save_decoder(self, folder)
-
-    @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "DecoderLM": # from a folder, to a device
-        "Read what `save` wrote. Raises `InputError` if the folder holds something else, or something damaged."
-        return load_decoder(folder, device)
 
 # %% ../../nbs/32_models.decoder.ipynb #b6d315af
 def init_decoder(

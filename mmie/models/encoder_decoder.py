@@ -636,6 +636,8 @@ def _their_names(ours: str, table: Mapping[str, str]) -> list[str]:
     parts = name.split(".")
     number = next((part for part in parts if part.isdigit()), "")
     pattern = ".".join("#" if part.isdigit() else part for part in parts)
+    if pattern not in table:
+        raise InputError(f"the other model has no name for {ours}", where="table", fix="use the table of the model's own family")
     return [f"{theirs.replace('#', number)}{dot}{kind}" for theirs in table[pattern].split("|")]
 
 def from_named(
