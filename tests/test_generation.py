@@ -13,7 +13,7 @@ from mmie.core import InputError
 from mmie.models.constrained import Constraint, compile_choices, compile_pattern, continuation_logprobs, parse_pattern, utf8_ranges
 from mmie.models.decoder import DecoderLM, ModelConfig
 from mmie.models.generation import Continuation, StopStrings, generate, generate_stream, stream_text
-from mmie.models.search import ModelDraft, PromptLookup, beam_search, speculate
+from mmie.models.search import IdsCache, ModelDraft, PromptLookup, beam_search, speculate
 from mmie.tokenization.base import ByteTokenizer
 from mmie.tokenization.bpe import BPETokenizer
 
@@ -132,6 +132,39 @@ def test_greedy_speculation_is_greedy(model: DecoderLM, drafts: list[DecoderLM],
     for draft in (ModelDraft(drafts[which]), PromptLookup()):
         result = speculate(model, prompt, new, draft, lookahead=lookahead, temperature=0, eos_id=3)
         assert result.tokens == alone and 0 <= result.accepted <= result.proposed
+
+
+class Uncached:
+    "A model that reads the whole text at each step."
+    device = torch.device("cpu")
+
+    def __init__(self, model: DecoderLM) -> None:
+        self.model, self.max_length = model, model.max_length
+
+    def new_cache(self, batch: int, max_length: int) -> IdsCache:
+        return IdsCache(batch)
+
+    def __call__(self, ids: torch.Tensor, *, cache: IdsCache, padding: torch.Tensor | None = None, last_only: bool = False) -> torch.Tensor:
+        logits = self.model(cache.append(ids), padding=padding)
+        return logits[:, -1:] if last_only else logits[:, -ids.shape[1]:]
+
+
+@pytest.mark.parametrize("variant", [{}, {"window": 6}, {"attention": "latent"}, {"attention": "differential"}, {"positions": "alibi"}, {"positions": "learned"}],
+                         ids=str)
+def test_every_cache_follows_searches_guesses_and_scores(variant: dict[str, object]) -> None:
+    model = random_decoder(3, n_kv_heads=None, **variant)
+    plain, prompts = Uncached(model), [[1, 2, 3], [4]]
+    ours, theirs = (beam_search(one, prompts, 20, beams=4, n_best=4, eos_id=3) for one in (model, plain))
+    assert [[one.tokens for one in found] for found in ours] == [[one.tokens for one in found] for found in theirs]
+    ours, theirs = (continuation_logprobs(one, prompts, [[[5], [6, 7, 8]], [[9, 10]]]) for one in (model, plain))
+    for mine, reference in zip(ours, theirs, strict=True):
+        for one, other in zip(mine, reference, strict=True):
+            assert one.tokens == pytest.approx(other.tokens, abs=1e-9)
+    if "window" in variant: # what was overwritten can't be taken back
+        with pytest.raises(InputError, match="overwritten"):
+            speculate(model, [1, 2, 3], 30, PromptLookup(1, 1), temperature=0)
+    else:
+        assert speculate(model, [1, 2, 3], 30, PromptLookup(1, 1), temperature=0).tokens == generate(model, [[1, 2, 3]], 30, temperature=0)[0]
 
 
 def test_a_draft_can_be_used_again_for_another_prompt(model: DecoderLM, drafts: list[DecoderLM]) -> None:

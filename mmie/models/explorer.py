@@ -295,7 +295,7 @@ class AttentionExplorer:
         return self._text
 
     @text.setter
-    def text(self, text: str) -> None:
+    def text(self, text: str) -> None: # whatever the model can read
         self.seen = self.read(text)
         self._text = text
         self.look(self.layer + 1, self.head + 1, len(self.seen.tokens))
