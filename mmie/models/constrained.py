@@ -655,7 +655,7 @@ def _checked_candidates(
     "What the caller gave, as lists. Raises `InputError` for what can't be scored."
     rows = checked_prompts(prompts, 0, max_length)
     if any(isinstance(candidates, int) for candidates in continuations):
-        raise InputError("a prompt's candidates are a list of lists", where="continuations", fix="wrap it, so that each prompt has its list")
+        raise InputError("each prompt needs a list of candidates", where="continuations", fix="wrap it: a list of lists for each prompt")
     several = [[one.tolist() if isinstance(one, Tensor) else one for one in candidates] for candidates in continuations]
     if len(rows) != len(several):
         what = f"{len(rows)} prompts and candidates for {len(several)}"
