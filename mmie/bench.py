@@ -8,7 +8,6 @@ __all__ = ['python_sources', 'BenchTable', 'bench_tokenizer', 'bench_attention',
 
 # %% ../nbs/91_bench.ipynb #3678979b
 import importlib.util
-import itertools
 import os
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
