@@ -375,3 +375,38 @@ def _bench_tokenizer(
     texts = [document.text for document in read_corpus(corpus)] if corpus else python_sources(megabytes)
     for table in bench_tokenizer(texts, vocab_size=vocab_size, encode_vocab_size=min(vocab_size, 8_192), repeats=repeats):
         typer.echo(f"{table}\n")
+
+_Repeats = Annotated[int, typer.Option(min=1, help="Rounds; each program has a turn in each.")]
+
+@_bench.command("attention")
+def _bench_attention(
+    repeats: _Repeats = 5, # rounds
+) -> None:
+    "Time attention beside PyTorch's kernel: training, one token, and a window over longer and longer texts."
+    from mmie.bench import bench_attention
+    for table in bench_attention(repeats):
+        typer.echo(f"{table}\n")
+
+@_bench.command("decode", epilog="Your own model:  mmie bench decode --model runs/tiny/model")
+def _bench_decode(
+    model: Annotated[Path | None, typer.Option(help="Folder of a decoder in float32; by default a model of 11 M parameters.")] = None, # folder
+    new: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 128, # tokens
+    repeats: _Repeats = 3, # rounds
+) -> None:
+    "Write beside transformers with the same weights, and beside the time that reading the weights takes."
+    from mmie.bench import bench_decode
+    from mmie.models.decoder import DecoderLM
+    for table in bench_decode(None if model is None else DecoderLM.load(model), new=new, repeats=repeats):
+        typer.echo(f"{table}\n")
+
+@_bench.command("train-step")
+def _bench_train_step(
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 8, # rows
+    length: Annotated[int, typer.Option(min=2, max=1024, help="Tokens in each.")] = 256, # tokens
+    repeats: _Repeats = 3, # rounds
+    compiled: Annotated[bool, typer.Option("--compile", help="Time ours through torch.compile as well.")] = False, # a third row
+) -> None:
+    "Learn beside transformers with the same weights, in float32 and in mixed precision."
+    from mmie.bench import bench_train_step
+    for table in bench_train_step(batch, length, repeats, compiled):
+        typer.echo(f"{table}\n")
