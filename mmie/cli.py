@@ -320,6 +320,16 @@ def _quantize(
     _tell(quantize_pair(model, out, method=method))
 
 
+@app.command("export", epilog="Example:  mmie export --model runs/tiny/finetune --out work/hf")
+def _export(
+    model: _Model, # folder
+    out: _Out, # where the result goes
+) -> None:
+    "Write a copy of a model and its tokenizer that transformers loads, without any code of ours."
+    from mmie.lifecycle import export_pair
+    _tell(export_pair(model, out))
+
+
 @app.command("baselines", epilog="Example:  mmie baselines --corpus work/corpus --tokenizer work/tokenizer --out work/baselines")
 def _baselines(
     corpus: _Corpus, # text to learn from
@@ -389,7 +399,7 @@ def _bench_attention(
 
 @_bench.command("decode", epilog="Your own model:  mmie bench decode --model runs/tiny/model")
 def _bench_decode(
-    model: Annotated[Path | None, typer.Option(help="Folder of a decoder in float32; by default a model of 11 M parameters.")] = None, # folder
+    model: Annotated[Path | None, typer.Option(help="Folder of a decoder; by default one of 11 M parameters.")] = None, # folder
     new: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 128, # tokens
     repeats: _Repeats = 3, # rounds
 ) -> None:

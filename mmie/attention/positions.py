@@ -20,9 +20,11 @@ def frequencies(
     dim: int, # even: one frequency for each pair of dimensions
     theta: float = 10_000.0, # the slowest wave is about theta times slower than the fastest
 ) -> Tensor: # (dim / 2,) float32, radians per position, from 1 down to nearly 1/theta
-    "How fast each pair of dimensions turns (Vaswani et al., 2017). Raises `InputError` if dim is odd."
+    "How fast each pair of dimensions turns (Vaswani et al., 2017). Raises `InputError` if dim is odd, or theta not positive."
     if dim < 2 or dim % 2:
         raise InputError(f"positions need pairs of dimensions, not {dim}", where="dim", fix="use an even number")
+    if not theta > 0:
+        raise InputError(f"waves can't get {theta} times slower", where="theta", fix="use a positive number, such as 10000")
     return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
 
 # %% ../../nbs/22_attention.positions.ipynb #8496adc2
@@ -51,8 +53,9 @@ class LearnedPositions(nn.Embedding):
     ) -> Tensor: # (*positions.shape, d_model)
         "Look the rows up. Raises `InputError` for positions it never had (on a CPU, where looking costs nothing)."
         cheap = positions.device.type == "cpu" and positions.numel() and not torch.compiler.is_compiling()
-        if cheap and int(positions.max()) >= self.num_embeddings:
-            raise InputError(f"position {int(positions.max())} was never learned", fix=f"the table ends at {self.num_embeddings - 1}")
+        for at in (int(positions.min()), int(positions.max())) if cheap else ():
+            if not 0 <= at < self.num_embeddings:
+                raise InputError(f"position {at} was never learned", fix=f"the table goes from 0 to {self.num_embeddings - 1}")
         return super().forward(positions)
 
 # %% ../../nbs/22_attention.positions.ipynb #370c2cc5
@@ -98,8 +101,9 @@ class _Tables:
         found = self.kept.get((dtype, device))
         if found is None or found[0].shape[0] < start + length:
             found = self.kept[dtype, device] = self.make(start + length, dtype, device)
-        self.last = asked, found[0].narrow(0, start, length), found[1].narrow(0, start, length)
-        return self.last[1:]
+        cos, sin = (table.narrow(0, start, length) for table in found)
+        self.last = asked, cos, sin # read back only as a whole: several threads may be here
+        return cos, sin
 
     def make(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         "Tables of the next power of two, rounded to `dtype` last of all."
@@ -117,6 +121,19 @@ class Rescaling(Protocol):
     def frequencies(self, dim: int, theta: float) -> Tensor: ... # (dim / 2,) float32, radians per position
 
 # %% ../../nbs/22_attention.positions.ipynb #63dba231
+def _check_turn(x: Tensor, positions: Tensor | int, head_dim: int) -> None:
+    "Refuse heads of another size, and positions that don't belong to these words."
+    if x.shape[-1] != head_dim:
+        raise InputError(f"the rotation is for heads of {head_dim} numbers, these have {x.shape[-1]}", where="x",
+                         fix=f"use RotaryEmbedding({x.shape[-1]})")
+    if isinstance(positions, int):
+        if positions < 0:
+            raise InputError(f"a text can't begin at {positions}", where="positions", fix="count from 0")
+    elif positions.shape not in ((x.shape[-2],), (1, x.shape[-2]), (x.shape[0], x.shape[-2])):
+        raise InputError(f"positions of shape {tuple(positions.shape)} for {x.shape[0]} × {x.shape[-2]} words", where="positions",
+                         fix=f"give ({x.shape[-2]},) or ({x.shape[0]}, {x.shape[-2]})")
+
+# %% ../../nbs/22_attention.positions.ipynb #99666f81
 class RotaryEmbedding(nn.Module):
     "Rotate queries and keys by their position (Su et al., 2021, <https://arxiv.org/abs/2104.09864>); nothing is learned."
     def __init__(
@@ -135,7 +152,8 @@ class RotaryEmbedding(nn.Module):
         self.rotary_dim = head_dim if rotary_dim is None else rotary_dim
         if self.rotary_dim > head_dim:
             raise InputError(f"a head of {head_dim} numbers can't turn {rotary_dim}", where="rotary_dim", fix=f"use at most {head_dim}")
-        omega = (frequencies if scaling is None else scaling.frequencies)(self.rotary_dim, theta)
+        with torch.device("cpu"): # numbers, even while a model is built on the meta device
+            omega = (frequencies if scaling is None else scaling.frequencies)(self.rotary_dim, theta)
         self._tables = _Tables(omega, layout, 1.0 if scaling is None else scaling.magnitude)
 
     def forward(
@@ -143,7 +161,8 @@ class RotaryEmbedding(nn.Module):
         x: Tensor, # queries or keys, (batch, heads, length, head_dim)
         positions: Tensor | int = 0, # of each token, (length,) or (batch, length); or just that of the first
     ) -> Tensor: # same shape
-        "Turn each pair by its angle."
+        "Turn each pair by its angle. Raises `InputError` for heads or positions that don't fit."
+        _check_turn(x, positions, self.head_dim)
         turning = x if self.rotary_dim == x.shape[-1] else x[..., :self.rotary_dim]
         if isinstance(positions, int) and torch.compiler.is_compiling(): # a compiler prefers arithmetic to memory
             positions = torch.arange(positions, positions + x.shape[2], device=x.device)
@@ -327,7 +346,8 @@ class ALiBi(nn.Module):
     ) -> None:
         super().__init__()
         self.n_heads = n_heads
-        self._slopes = {torch.device("cpu"): alibi_slopes(n_heads)} # for each device; no buffer, since `.to()` would round it
+        with torch.device("cpu"): # numbers, even while a model is built on the meta device
+            self._slopes = {torch.device("cpu"): alibi_slopes(n_heads)} # for each device; no buffer, since `.to()` would round it
 
     def slopes(
         self,
