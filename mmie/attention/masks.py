@@ -163,7 +163,8 @@ def _bracketed(mask: Mask, weaker: type[Mask] | tuple[type[Mask], ...]) -> str:
 def _made_of(mask: Mask, *parts: Mask) -> Mask:
     "The same, telling apart the rows that its parts do, and covering what they all cover."
     object.__setattr__(mask, "rows", next((part.rows for part in parts if part.rows is not None), None))
-    object.__setattr__(mask, "length", min((part.length for part in parts if part.length is not None), default=None))
+    lengths = [part.length for part in parts if part.length is not None]
+    object.__setattr__(mask, "length", min(lengths) if lengths else None)
     return mask
 
 def _combined(kind: type[_Both] | type[_Either], one: Mask, other: object) -> Mask:
@@ -413,7 +414,9 @@ def additive_mask(
     dtype: torch.dtype = torch.float32, # of the scores
     device: torch.device | str = "cpu", # where it's needed
 ) -> Tensor: # (queries, keys) or (rows, 1, queries, keys): 0 where one may look, -inf elsewhere
-    "What to add to the scores of a kernel that knows no booleans."
+    "What to add to the scores of a kernel that knows no booleans. Raises `InputError` if dtype knows no infinity."
+    if not dtype.is_floating_point:
+        raise InputError(f"{dtype} has no -inf", where="dtype", fix="take a floating-point dtype")
     may = mask.dense(queries, keys, device)
     return torch.zeros(may.shape, dtype=dtype, device=device).masked_fill_(~may, -math.inf)
 
