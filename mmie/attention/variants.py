@@ -6,12 +6,14 @@
 __all__ = ['initial_lambda', 'DifferentialAttention', 'differential_maps']
 
 # %% ../../nbs/25_attention.variants.ipynb #50e0ce39
+from dataclasses import dataclass
 import math
 from typing import Any
 import torch
 from torch import Tensor, nn
-from .dot_product import ScoreBias, Visibility, attention, attention_weights
-from .multihead import Attention, LayerCache, _check_call, _cross_qkv, _rules, _self_qkv
+from .dot_product import Visibility
+from .masks import Mask
+from .multihead import Attention, AttentionInputs, LayerCache, attention_inputs
 from .positions import ALiBi, RotaryEmbedding
 from ..core import InputError
 
@@ -53,8 +55,10 @@ def initial_lambda(
     return 0.8 - 0.6 * math.exp(-0.3 * layer)
 
 # %% ../../nbs/25_attention.variants.ipynb #28875635
-def _check_halves(layer: Attention, positions: nn.Module | None) -> int:
+def _check_halves(layer: Attention, positions: nn.Module | None, lambda_init: object) -> int:
     "Numbers in half a head, or what doesn't fit."
+    if not (isinstance(lambda_init, int | float) and 0 <= lambda_init < 1):
+        raise InputError(f"lambda can't start near {lambda_init!r}", where="lambda_init", fix="take a number from 0 to less than 1")
     if layer.head_dim % 2:
         raise InputError(f"a head of {layer.head_dim} numbers has no halves", where="head_dim", fix="make it even")
     half = layer.head_dim // 2
@@ -64,29 +68,25 @@ def _check_halves(layer: Attention, positions: nn.Module | None) -> int:
     return half
 
 # %% ../../nbs/25_attention.variants.ipynb #f487de83
-def _find_twice(
-    layer: Attention, # whose attention is paired
-    x: Tensor, # (batch, length, d_model)
-    context: Tensor | None, # (batch, keys, d_model) to look at instead
-    mask: Tensor | Visibility | None, # who may look
-    cache: LayerCache | None, # the earlier positions
-    position_ids: Tensor | None, # (length,) or (batch, length)
-) -> Tensor: # (batch, 2 · heads, length, head_dim): what each of the two maps brings, head by head
-    "Attention with paired queries."
-    bias: ScoreBias | None = None
-    _check_call(layer, context, cache, position_ids)
-    if context is not None:
-        q, k, v = _cross_qkv(layer, x, context, cache)
-    else:
-        q, k, v = _self_qkv(layer, x, (0 if cache is None else cache.length) if position_ids is None else position_ids)
-        k, v = (k, v) if cache is None else cache.append(k, v)
-        mask, bias = _rules(layer, mask, cache, q.shape[2], k.shape[2])
-    if isinstance(mask, Tensor) and mask.dim() > 2 and mask.shape[-3] > 1: # each head has its own
-        mask = mask.repeat_interleave(2, dim=-3)
-    return attention(_pair_queries(q), k, v, mask=mask, causal=layer.causal and context is None, bias=bias, softcap=layer.softcap,
-                     scale=layer.scale, backend=layer.backend)
+def _twice(may: Tensor) -> Tensor:
+    "A matrix for each head, given to both of its maps; one for all heads stays as it is."
+    return may.repeat_interleave(2, dim=-3) if may.dim() > 2 and may.shape[-3] > 1 else may
 
-# %% ../../nbs/25_attention.variants.ipynb #b55a6e85
+@dataclass(frozen=True, slots=True)
+class _Twice:
+    "The same for a rule."
+    rule: Visibility
+
+    def __call__(self, q_positions: Tensor, k_positions: Tensor) -> Tensor: return _twice(self.rule(q_positions, k_positions))
+    def spans(self, first: int, last: int, keys: int) -> list[tuple[int, int]]: return self.rule.spans(first, last, keys)
+
+def _mask_pairs(mask: Tensor | Visibility | None) -> Tensor | Visibility | None:
+    "Who may look, for paired queries. The masks of chapter 21 know no heads."
+    if isinstance(mask, Tensor):
+        return _twice(mask)
+    return mask if mask is None or isinstance(mask, Mask) else _Twice(mask)
+
+# %% ../../nbs/25_attention.variants.ipynb #f809e178
 class DifferentialAttention(Attention):
     "Two maps for each head, one subtracted from the other (Ye et al., 2024, <https://arxiv.org/abs/2410.05258>)."
     def __init__(
@@ -101,7 +101,7 @@ class DifferentialAttention(Attention):
         **options: Any, # head_dim, window, sinks, softcap, scale, bias, qk_norm, backend, causal: as for `Attention`
     ) -> None:
         super().__init__(d_model, n_heads, n_kv_heads, positions=_for_halves(positions), **options)
-        half = _check_halves(self, positions)
+        half = _check_halves(self, positions, lambda_init)
         self.scale = half ** -0.5 if self.scale is None else self.scale
         self.lambda_init = lambda_init
         self.lambda_q = nn.Parameter(0.1 * torch.randn(2, half))
@@ -113,6 +113,15 @@ class DifferentialAttention(Attention):
         first, second = (self.lambda_q * self.lambda_k).sum(-1).exp()
         return first - second + self.lambda_init
 
+    def asks(self, inputs: AttentionInputs) -> AttentionInputs:
+        "Each query twice, for the two maps of its head."
+        return inputs._replace(q=_pair_queries(inputs.q), mask=_mask_pairs(inputs.mask))
+
+    def combines(self, heads: Tensor) -> Tensor: # (batch, n_heads, queries, anything), of twice as many heads
+        "What the first map of each head brings, less lambda times what the second does."
+        first, second = heads.unflatten(1, (-1, 2)).unbind(2)
+        return first - self.subtracted().to(first.dtype) * second
+
     def forward(
         self,
         x: Tensor, # (batch, length, d_model)
@@ -122,21 +131,16 @@ class DifferentialAttention(Attention):
         position_ids: Tensor | None = None, # (length,) or (batch, length); None: they go on where the cache ends
     ) -> Tensor: # (batch, length, d_model)
         "Look twice, and bring back the difference. Raises `InputError` as `Attention` does."
-        first, second = _find_twice(self, x, context, mask, cache, position_ids).unflatten(1, (-1, 2)).unbind(2)
-        found = first - self.subtracted().to(first.dtype) * second
-        if self.head_norm is not None:
-            found = (1 - self.lambda_init) * self.head_norm(found.to(self.head_norm.weight.dtype))
-        return self.o_proj(found.to(first.dtype).transpose(1, 2).flatten(2))
+        left = self.combines(attention_inputs(self, x, context, mask, cache, position_ids).found())
+        normed = left if self.head_norm is None else (1 - self.lambda_init) * self.head_norm(left.to(self.head_norm.weight.dtype))
+        return self.o_proj(normed.to(left.dtype).transpose(1, 2).flatten(2))
 
 # %% ../../nbs/25_attention.variants.ipynb #4c62f58f
 def differential_maps(
     layer: DifferentialAttention, # self-attention
     x: Tensor, # (batch, length, d_model), what the layer would receive
-    mask: Tensor | Visibility | None = None, # boolean, the same for all heads, True = may look; or its rule
+    mask: Tensor | Visibility | None = None, # boolean, True = may look; or its rule
 ) -> tuple[Tensor, Tensor, Tensor]: # each (batch, heads, length, length): first map, second map, first - lambda · second
     "Who looks at whom, who is subtracted, and what is left."
-    q, k, _ = _self_qkv(layer, x, 0)
-    mask, bias = _rules(layer, mask, None, q.shape[2], k.shape[2])
-    both = attention_weights(_pair_queries(q), k, mask=mask, causal=layer.causal, bias=bias, softcap=layer.softcap, scale=layer.scale)
-    first, second = both[:, ::2], both[:, 1::2]
-    return first, second, first - layer.subtracted() * second
+    both = attention_inputs(layer, x, mask=mask).shares()
+    return both[:, ::2], both[:, 1::2], layer.combines(both)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AttentionKind', 'PRESETS', 'IGNORE', 'AttentionConfig', 'ModelConfig', 'count_parameters', 'DecoderCache',
            'padding_mask', 'DecoderTrunk', 'RemembersPositions', 'make_cache', 'DecoderLM', 'init_decoder',
-           'next_token_loss', 'save_decoder', 'load_decoder']
+           'next_token_loss', 'decoder_tensors', 'save_decoder', 'load_decoder']
 
 # %% ../../nbs/32_models.decoder.ipynb #90a424df
 import importlib
@@ -29,7 +29,7 @@ from ..attention.linear import LinearAttention
 from ..attention.multihead import Attention, LayerCache
 from ..attention.positions import ALiBi, LearnedPositions, RopeScaling, RotaryEmbedding, sinusoidal_table
 from ..attention.variants import DifferentialAttention, initial_lambda
-from ..core import InputError, Settings, atomic_write, did_you_mean
+from ..core import InputError, Settings, atomic_write, did_you_mean, resolve_device
 from .generation import generate as generate_tokens
 from .layers import GATED, MLP, Block, MixtureOfExperts, MlpKind, NormKind, default_hidden, init_block, make_mlp, make_norm
 
@@ -46,7 +46,8 @@ _MISSING: dict[str, tuple[str, ...]] = { # what a kind of attention doesn't have
     "retention": ("window", "softcap", "qk_norm", "attention_scale", "alibi"),
 }
 _NEEDS = { # options that mean nothing without another
-    "sinks": ("window", None), "full_every": ("window", None), "rope_scaling": ("positions", "rope"),
+    "sinks": ("window", None), "full_every": ("window", None), "rope_scaling": ("positions", "rope"), "rope_theta": ("positions", "rope"),
+    "qk_norm_eps": ("qk_norm", None), "experts_per_token": ("experts", None),
     "kv_lora_rank": ("attention", "latent"), "q_lora_rank": ("attention", "latent"), "qk_rope_head_dim": ("attention", "latent"),
 }
 
@@ -60,8 +61,11 @@ def _options_misfit(
             asked = f"positions={name!r}" if name in _ROTARY else name
             return f"{config.attention} attention can't have {asked}: leave it out, or use another attention"
     for name, (other, value) in _NEEDS.items():
-        if getattr(config, name) and (getattr(config, other) != value if value else not getattr(config, other)):
+        asked = getattr(config, name) != type(config).model_fields[name].default
+        if asked and (getattr(config, other) != value if value else not getattr(config, other)):
             return f"{name} means nothing without {other}{f'={value!r}' if value else ''}: give both, or neither"
+    if config.full_every is not None and config.full_every > config.n_layers:
+        return f"full_every={config.full_every} is never reached in {config.n_layers} layers: leave it out, or make it smaller"
     if config.attention not in ("softmax", "differential") and config.bias == "qkv":
         return f"{config.attention} attention can't have bias='qkv': use True or False"
     if config.experts is not None and config.experts_per_token > config.experts:
@@ -120,7 +124,7 @@ class AttentionConfig(Settings):
     rope_theta: float = Field(10_000.0, gt=1) # ratio of RoPE's slowest to fastest wave
     rope_scaling: RopeScaling | None = None # slower waves, for texts longer than those of the training (Llama 3)
     window: int | None = Field(None, ge=1) # keys that a position sees, itself included (None: all so far)
-    full_every: int | None = Field(None, ge=1) # with a window: every so many layers, one sees all (Gemma-2: 2)
+    full_every: int | None = Field(None, ge=2) # with a window: every so many layers, one sees all (Gemma-2: 2)
     sinks: int = Field(0, ge=0) # with a window: positions at the very start that stay visible
     softcap: float | None = Field(None, gt=0) # bends scores into ± this (Gemma-2)
     attention_scale: float | None = Field(None, gt=0) # multiplies scores (None: 1 / √head_dim)
@@ -293,9 +297,9 @@ def _block(config: ModelConfig, positions: nn.Module | None, n: int) -> Block:
     return Block(c.d_model, _attention(c, positions, n), thinker, c.norm, c.norm_eps, c.post_norms)
 
 def _check_ids(ids: Tensor, seen: int, config: ModelConfig) -> None:
-    "Say what is wrong with the ids' shape or number."
-    if ids.dim() != 2:
-        raise InputError(f"ids have shape {tuple(ids.shape)}", where="ids", fix="they must be (batch, length)")
+    "Say what is wrong with the ids' shape, kind or number."
+    if ids.dim() != 2 or ids.is_floating_point():
+        raise InputError(f"ids are {ids.dtype} of shape {tuple(ids.shape)}", where="ids", fix="they must be whole numbers, (batch, length)")
     if seen + ids.shape[1] > config.max_length:
         raise InputError(f"{seen + ids.shape[1]} tokens are more than max_length={config.max_length}", where="ids",
                          fix="cut the input, or build a model with a larger max_length")
@@ -315,7 +319,11 @@ class _Waves(nn.Module):
 # %% ../../nbs/32_models.decoder.ipynb #5a17157f
 def _entrance(trunk: "DecoderTrunk", ids: Tensor, start: int, places: Tensor | None) -> Tensor:
     "What enters the first block: a vector for each token, and one for its place if the config wants that."
-    x = cast(Tensor, trunk.embedding(ids))
+    try:
+        x = cast(Tensor, trunk.embedding(ids))
+    except IndexError as error: # a GPU wouldn't say so
+        size = trunk.config.vocab_size
+        raise InputError(f"an id is outside of the vocabulary of {size}", where="ids", fix="use the tokenizer of this model") from error
     if trunk.config.embedding_scale != 1:
         x = x * torch.tensor(trunk.config.embedding_scale, dtype=x.dtype) # rounded like the weights, as Gemma was trained
     if trunk.position_embedding is None:
@@ -527,12 +535,24 @@ def next_token_loss(
     return total / (targets != IGNORE).sum().clamp(min=1)
 
 # %% ../../nbs/32_models.decoder.ipynb #12f496bc
+def decoder_tensors(
+    model: DecoderLM, # any precision, any device
+) -> dict[str, Tensor]: # by name, where they are
+    "A decoder's weights. Raises `InputError` for one that was quantized or has adapters, which would be lost."
+    with torch.device("meta"):
+        plain = DecoderLM(model.config).state_dict()
+    tensors = model.state_dict()
+    if odd := sorted(plain.keys() ^ tensors.keys()):
+        what = f"{odd[0]} is {'not part of' if odd[0] in tensors else 'missing from'} this decoder"
+        raise InputError(what, where="model", fix="merge its adapters first; a quantized one is for save_quantized")
+    return tensors
+
 def save_decoder(
     model: DecoderLM, # any precision, any device
     folder: str | Path, # made if it is missing
 ) -> None:
-    "Write model.safetensors and config.json, each whole or not at all."
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    "Write model.safetensors and config.json, each whole or not at all. Raises `InputError` for what wouldn't load again."
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in decoder_tensors(model).items()}
     record = {"mmie": "decoder", "version": 1, "model": model.config.model_dump(mode="json")}
     atomic_write(Path(folder) / "model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
     atomic_write(Path(folder) / "config.json", json.dumps(record, indent=2) + "\n")
@@ -581,4 +601,4 @@ def load_decoder(
             raise InputError(f"{name} is {found.get(name, 'missing')} in the weights and {expected.get(name, 'missing')} by the config",
                              where=str(folder), fix="the two files are of different models")
     model.load_state_dict(tensors, assign=True)
-    return model.to(device)
+    return model.to(resolve_device(device))
