@@ -9,10 +9,10 @@ __all__ = ['LatentCache', 'absorbing_pays', 'LatentAttention', 'stored_per_token
 from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
-from .dot_product import Visibility, attention
+from .dot_product import BACKENDS, Visibility, attention
+from .multihead import check_rows
 from .positions import RotaryEmbedding
-from ..core import InputError
+from ..core import InputError, did_you_mean
 from ..figures import PALETTE, figure
 
 # %% ../../nbs/26_attention.latent.ipynb #b336f0ec
@@ -82,8 +82,11 @@ class LatentCache(_Latents):
         k: Tensor, # new latents, (batch, 1, new, kv_lora_rank)
         v: Tensor, # their rotary keys, (batch, 1, new, qk_rope_head_dim)
     ) -> tuple[Tensor, Tensor]: # all of them, as `contents` gives them
-        "Write behind what is there. Raises `InputError` when full, and where a gradient would get lost."
+        "Write behind what is there. Raises `InputError` when full, for another batch, and where a gradient would get lost."
         stop, room = self.length + k.shape[2], self.held.shape[2]
+        if (k.shape[0], k.shape[3] + v.shape[3]) != (self.held.shape[0], self.held.shape[3]): # they might be broadcast
+            raise InputError(f"latents of shape {tuple(k.shape)} don't fit a cache of {tuple(self.held.shape)}", where="cache",
+                             fix="make it with the layer's new_cache, for this batch")
         if stop > room:
             raise InputError(f"{self.length} + {k.shape[2]} positions don't fit a cache of {room}", fix="give it a larger max_length")
         if k.requires_grad and torch.is_grad_enabled():
@@ -107,6 +110,7 @@ class LatentCache(_Latents):
         rows: Tensor, # (batch,) long: row i becomes what row rows[i] was
     ) -> None:
         "Rearrange the sequences in place, as beam search does."
+        check_rows(rows, self.held.shape[0], every=True)
         self.joined().copy_(self.joined()[rows])
 
     def select(
@@ -114,7 +118,9 @@ class LatentCache(_Latents):
         rows: Tensor, # the rows to keep: long indices, or boolean (batch,)
     ) -> None:
         "Keep only these sequences, when the others are finished."
-        self.held = self.held[rows]
+        check_rows(rows, self.held.shape[0])
+        with torch.inference_mode(False): # as above
+            self.held = self.held[rows]
 
 # %% ../../nbs/26_attention.latent.ipynb #75d92ca5
 class _LatentProjections(nn.Module):
@@ -143,9 +149,14 @@ class _LatentProjections(nn.Module):
         return LatentCache(batch, self.rank, self.rope, max_length, dtype, device)
 
 # %% ../../nbs/26_attention.latent.ipynb #8a9fbad0
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    "In the precision of the norm's gains, and back in that of x: autocast doesn't see to it."
+    gains = getattr(norm, "weight", x)
+    return norm(x.to(gains.dtype)).to(x.dtype)
+
 def _queries(layer: _LatentProjections, x: Tensor, positions: nn.Module | None, where: Tensor | int) -> Tensor:
     "What each head asks, its unturned part and its turned one: (batch, n_heads, length, nope + rope)."
-    x = x if layer.q_down is None else layer.q_norm(layer.q_down(x).to(x.dtype))
+    x = x if layer.q_down is None else _normed(layer.q_norm, layer.q_down(x))
     q = layer.q_proj(x).unflatten(-1, (layer.n_heads, -1)).transpose(1, 2)
     if positions is None:
         return q
@@ -155,17 +166,16 @@ def _queries(layer: _LatentProjections, x: Tensor, positions: nn.Module | None, 
 def _kept(layer: _LatentProjections, x: Tensor, positions: nn.Module | None, where: Tensor | int) -> tuple[Tensor, Tensor]:
     "What is remembered of x: latents (batch, 1, length, rank) and rotary keys (batch, 1, length, rope)."
     latent, turned = layer.kv_down(x)[:, None].split((layer.rank, layer.rope), dim=-1)
-    latent = layer.kv_norm(latent.to(x.dtype)).to(turned.dtype) # autocast leaves norms in the precision of x
-    return latent, turned if positions is None else positions(turned, where)
+    return _normed(layer.kv_norm, latent), turned if positions is None else positions(turned, where)
 
 # %% ../../nbs/26_attention.latent.ipynb #8ad6e4ce
 def _expanded(layer: _LatentProjections, kept: Tensor) -> tuple[Tensor, Tensor]:
-    "Keys and values of every head, (batch, n_heads, length, nope + rope) and at least as wide."
+    "Keys and values of every head, (batch, n_heads, length, nope + rope) and (…, value)."
     latent, turned = kept.split((layer.rank, layer.rope), dim=-1)
     made = layer.kv_up(latent[:, 0]).unflatten(-1, (layer.n_heads, -1)).transpose(1, 2)
     plain, v = made.split((layer.nope, layer.value), dim=-1)
     k = torch.cat((plain, turned.expand(-1, layer.n_heads, -1, -1)), dim=-1)
-    return k, pad(v, (0, max(0, k.shape[-1] - layer.value)))
+    return k, v
 
 # %% ../../nbs/26_attention.latent.ipynb #1aec77a4
 def _reading(layer: _LatentProjections) -> tuple[Tensor, Tensor]: # (n_heads, nope, rank) and (n_heads, value, rank)
@@ -207,9 +217,27 @@ def _latent_attend(layer: "LatentAttention", x: Tensor, mask: Tensor | Visibilit
         return attention(q, k, v, mask=mask, causal=layer.causal, scale=layer.scale, backend=layer.backend)
     if absorb and plain:
         return look(_asked(layer, q), kept, kept)[..., :layer.rank] @ _reading(layer)[1].mT
-    return look(q, *_expanded(layer, kept))[..., :layer.value]
+    return look(q, *_expanded(layer, kept))
 
 # %% ../../nbs/26_attention.latent.ipynb #df536b66
+def _check_latent(q_lora_rank: int | None, norm_eps: float | None, scale: float | None, backend: str) -> None:
+    "Refuse values that make no sense."
+    for name, value in (("q_lora_rank", q_lora_rank), ("norm_eps", norm_eps), ("scale", scale)):
+        if value is not None and not value > 0:
+            raise InputError(f"{name}={value!r} makes no sense", fix="take a positive number, or None")
+    if backend not in (*BACKENDS, "auto"):
+        raise InputError(f"there is no backend {backend!r}", fix=did_you_mean(str(backend), [*BACKENDS, "auto"]))
+
+def _check_latent_call(x: Tensor, d_model: int, context: object, cache: object, causal: bool) -> None:
+    "Refuse what can only be seen when the layer is used."
+    if context is not None:
+        raise InputError("latent attention looks at its own text only", where="context", fix="use Attention for cross attention")
+    if x.dim() != 3 or x.shape[2] != d_model:
+        raise InputError(f"x has shape {tuple(x.shape)}", fix=f"it must be (batch, length, {d_model})")
+    if cache is not None and not causal:
+        raise InputError("a layer that sees the future can't work word by word", where="cache", fix="use causal=True, or no cache")
+
+# %% ../../nbs/26_attention.latent.ipynb #b58faad9
 class LatentAttention(_LatentProjections):
     "Multi-head latent attention (DeepSeek-V2, 2024, <https://arxiv.org/abs/2405.04434>). Raises `InputError` for sizes that don't fit."
     def __init__(
@@ -230,9 +258,10 @@ class LatentAttention(_LatentProjections):
         backend: str = "auto", # see `attention`
         causal: bool = True, # hide the future
     ) -> None:
+        _check_latent(q_lora_rank, norm_eps, scale, backend)
         sizes = _latent_sizes(d_model, n_heads, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim, positions)
         super().__init__(d_model, n_heads, sizes, q_lora_rank, norm_eps, bias)
-        self.positions, self.absorb, self.backend, self.causal = positions, absorb, backend, causal
+        self.positions, self.absorb, self.backend, self.causal, self.d_model = positions, absorb, backend, causal, d_model
         self.scale = (self.nope + self.rope) ** -0.5 if scale is None else scale
 
     def forward(
@@ -243,9 +272,8 @@ class LatentAttention(_LatentProjections):
         cache: LatentCache | None = None, # holds the earlier positions, and takes these
         position_ids: Tensor | None = None, # (length,) or (batch, length); None: they go on where the cache ends
     ) -> Tensor: # (batch, length, d_model)
-        "Look, and bring back what was found."
-        if context is not None:
-            raise InputError("latent attention looks at its own text only", where="context", fix="use Attention for cross attention")
+        "Look, and bring back what was found. Raises `InputError` for what doesn't go together."
+        _check_latent_call(x, self.d_model, context, cache, self.causal)
         return self.o_proj(_latent_attend(self, x, mask, cache, position_ids).transpose(1, 2).flatten(2))
 
 # %% ../../nbs/26_attention.latent.ipynb #ffcafb82

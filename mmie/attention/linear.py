@@ -11,7 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .dot_product import Visibility
+from .dot_product import Visibility, check_rules
+from .masks import Mask
+from .multihead import check_rows, head_sizes
 from .positions import RotaryEmbedding
 from ..core import InputError
 
@@ -89,13 +91,25 @@ def retention_decay(
     return [1 - 2.0 ** (-5 - h) for h in range(heads)]
 
 # %% ../../nbs/27_attention.linear.ipynb #bded2f59
-def _refuse(features: str, positions: nn.Module | None, decay: list[float], heads: int, causal: bool, window: int | None) -> None:
+def _factors(decay: object) -> list[float]:
+    "A factor for each key head, as plain numbers."
+    if isinstance(decay, Tensor):
+        decay = decay.tolist()
+    if not isinstance(decay, Sequence) or isinstance(decay, str):
+        raise InputError(f"decay {decay!r}", fix="give True, False, or a factor for each key head")
+    return [float(factor) for factor in decay]
+
+def _refuse(features: str, positions: nn.Module | None, decay: list[float], heads: int, head_dim: int, causal: bool,
+            window: int | None) -> None:
     "What linear attention can't do, said before it's built."
     if features not in ("elu", "none"):
         raise InputError(f"there are no features {features!r}", fix="use 'elu' or 'none'")
     if window is not None:
         raise InputError("linear attention has no window: its sum holds no single words that could leave",
                          fix="use decay=True, or Attention")
+    if isinstance(positions, RotaryEmbedding) and positions.head_dim != head_dim:
+        raise InputError(f"the rotation is for heads of {positions.head_dim} numbers, these have {head_dim}", where="positions",
+                         fix=f"use RotaryEmbedding({head_dim})")
     if positions is not None and not (features == "none" and isinstance(positions, RotaryEmbedding)):
         raise InputError(f"linear attention with features {features!r} can't use {type(positions).__name__}", where="positions",
                          fix="turned features aren't positive; use decay=True, or features='none' with a RotaryEmbedding")
@@ -166,6 +180,7 @@ class LinearCache(_State):
         rows: Tensor, # (batch,) long: row i becomes what row rows[i] was
     ) -> None:
         "Rearrange the sequences, as beam search does."
+        check_rows(rows, self.state.shape[0], every=True)
         self.state = self.state[rows]
 
     def select(
@@ -173,28 +188,44 @@ class LinearCache(_State):
         rows: Tensor, # the rows to keep: long indices, or boolean (batch,)
     ) -> None:
         "Keep only these sequences, when the others are finished."
+        check_rows(rows, self.state.shape[0])
         self.state = self.state[rows]
 
 # %% ../../nbs/27_attention.linear.ipynb #33faab1a
-def _real(mask: Tensor | Visibility | None, past: int, new: int, device: torch.device) -> Tensor | None: # (batch or 1, 1, new, 1)
-    "Which of the new words count at all. Raises `InputError` for masks that single out queries or heads."
-    if mask is None:
+def _told(mask: Tensor | Visibility, past: int, new: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    "What a mask says to some of the new words, the last among them: (batch or 1, heads or 1, words, keys), and where they are, (words, 1)."
+    if isinstance(mask, Tensor):
+        rows = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+        at = torch.arange(past if rows.shape[2] > 1 else past + new - 1, past + new, device=device)[:, None]
+    else:
+        at = torch.linspace(past, past + new - 1, min(new, 64), device=device).long()[:, None]
+        rows = mask(at, torch.arange(past + new, device=device)[None])
+        rows = rows.reshape((1,) * (4 - rows.dim()) + rows.shape)
+    return rows.expand(*rows.shape[:2], len(at), past + new), at
+
+def _real(mask: Tensor | Visibility | None, shape: tuple[int, int, int], past: int, causal: bool, device: torch.device) -> Tensor | None:
+    "Which of the new words count at all, (batch or 1, 1, new, 1). Raises `InputError` for masks that single out queries or heads."
+    batch, heads, new = shape
+    check_rules(mask, None, None, (batch, heads, new, past + new))
+    if mask is None or not new:
         return None
-    keys, ends = past + new, torch.tensor([past, past + new - 1], device=device)
-    if not isinstance(mask, Tensor):
-        mask = mask(ends[:, None], torch.arange(keys, device=device)[None])
-    rows = mask.expand(*mask.shape[:-1], keys)[(None,) * (4 - mask.dim())][..., [0, -1], :]
-    if rows.shape[1] != 1 or not rows[..., 0, :past + 1].equal(rows[..., 1, :past + 1]):
+    (rows, at), keys = _told(mask, past, new, device), torch.arange(past + new, device=device)
+    last = rows[:, :, -1:]
+    differ = bool(((rows != last) & (keys <= at) if causal else rows != last).any())
+    if isinstance(mask, Mask): # a word that counts sees itself, and no other does
+        differ = differ or bool((mask(keys[:, None], keys[:, None])[..., 0] != last[..., 0, :]).any())
+    if rows.shape[1] != 1 or differ:
         raise InputError("this mask shows different words to different queries or heads, and linear attention has one sum for all",
                          where="mask", fix="mask padding only, or use Attention")
-    return rows[..., 1, past:, None]
+    return last[..., 0, past:, None]
 
 # %% ../../nbs/27_attention.linear.ipynb #4ed7a3e3
 def _linear_attend(layer: "LinearAttention", x: Tensor, mask: Tensor | Visibility | None,
                    cache: LinearCache | None, position_ids: Tensor | None) -> Tensor: # (batch, n_heads, length, head_dim)
     "What each head found."
     h, g, past, n = layer.n_heads, layer.n_kv_heads, 0 if cache is None else cache.length, x.shape[1]
-    heads, real = layer.qkv_proj(x).unflatten(-1, (h + 2 * g, -1)).transpose(1, 2), _real(mask, past, n, x.device)
+    real = _real(mask, (x.shape[0], h, n), past, layer.causal, x.device)
+    heads = layer.qkv_proj(x).unflatten(-1, (h + 2 * g, -1)).transpose(1, 2)
     with torch.autocast(x.device.type, enabled=False):
         q, k, v = heads.to(torch.promote_types(heads.dtype, torch.float32)).split((h, g, g), dim=1)
         if layer.positions is not None:
@@ -255,14 +286,13 @@ class LinearAttention(_LinearProjections):
         causal: bool = True, # hide the future
         window: None = None, # there can't be one
     ) -> None:
-        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        if n_heads < 1 or n_kv_heads < 1 or n_heads % n_kv_heads or (head_dim is None and d_model % n_heads):
-            raise InputError(f"width {d_model} with {n_heads} query heads on {n_kv_heads} key heads",
-                             fix="n_heads must divide d_model, and n_kv_heads must divide n_heads")
-        keep = (retention_decay(n_kv_heads) if decay else [1.0] * n_kv_heads) if isinstance(decay, bool) else list(decay)
-        _refuse(features, positions, keep, n_kv_heads, causal, window)
-        super().__init__(d_model, n_heads, n_kv_heads, head_dim or d_model // n_heads, features, keep, bias)
-        self.positions, self.chunk, self.causal = positions, chunk, causal
+        n_heads, n_kv_heads, size = head_sizes(d_model, n_heads, n_kv_heads, head_dim)
+        keep = (retention_decay(n_kv_heads) if decay else [1.0] * n_kv_heads) if isinstance(decay, bool) else _factors(decay)
+        _refuse(features, positions, keep, n_kv_heads, size, causal, window)
+        if chunk < 1:
+            raise InputError(f"chunks of {chunk} words", where="chunk", fix="take at least 1")
+        super().__init__(d_model, n_heads, n_kv_heads, size, features, keep, bias)
+        self.positions, self.chunk, self.causal, self.d_model = positions, chunk, causal, d_model
 
     def forward(
         self,
@@ -272,7 +302,11 @@ class LinearAttention(_LinearProjections):
         cache: LinearCache | None = None, # holds the earlier words, and takes these
         position_ids: Tensor | None = None, # (length,) or (batch, length); None: they go on where the cache ends
     ) -> Tensor: # (batch, length, d_model)
-        "Look, and bring back what was found."
+        "Look, and bring back what was found. Raises `InputError` for what doesn't go together."
+        if x.dim() != 3 or x.shape[2] != self.d_model:
+            raise InputError(f"x has shape {tuple(x.shape)}", fix=f"it must be (batch, length, {self.d_model})")
+        if cache is not None and cache.state.shape[0] != x.shape[0]:
+            raise InputError(f"{x.shape[0]} texts and a cache of {cache.state.shape[0]}", where="cache", fix="make it for this batch")
         if context is not None or (cache is not None and not self.causal):
             raise InputError("linear attention has no cross attention, and a cache only if it's causal", fix="use Attention")
         return self.o_proj(_linear_attend(self, x, mask, cache, position_ids).transpose(1, 2).flatten(2))

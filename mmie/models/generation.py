@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Cache', 'CausalLM', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'Sampling', 'filter_logits', 'sampling_figure', 'draw',
            'dart_streams', 'choose', 'Continuation', 'LogitProcessor', 'RepetitionPenalty', 'pad_left',
-           'checked_prompts', 'without_grad', 'generate', 'generate_stream', 'DecodesBytes', 'stream_text',
+           'checked_prompts', 'end_ids', 'without_grad', 'generate', 'generate_stream', 'DecodesBytes', 'stream_text',
            'StopStrings']
 
 # %% ../../nbs/31_models.generation.ipynb #4fa9463c
@@ -14,6 +14,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -196,7 +197,10 @@ def dart_streams(
     "The random numbers of a generation: row by row, independent of the other rows."
     if seed is None:
         seed = int(torch.randint(2**62, ()))
-    keys = [(seed, row) for row in range(rows)] if isinstance(seed, int) else [(own, 0) for own in seed]
+    several = isinstance(seed, Sequence) and not isinstance(seed, str)
+    if not all(isinstance(own, Integral) for own in (seed if several else (seed,))): # type: ignore[union-attr]
+        raise InputError(f"seed is {seed!r}", where="seed", fix="use a whole number, or a list with one for each prompt")
+    keys = [(int(own), 0) for own in seed] if several else [(int(seed), row) for row in range(rows)] # type: ignore[union-attr, arg-type]
     if len(keys) != rows or any(own < 0 for own, _ in keys):
         what = f"{len(keys)} seeds for {rows} prompts" if len(keys) != rows else "a seed is negative"
         raise InputError(what, where="seed", fix="give one, or one for each prompt, from 0 up")
@@ -211,8 +215,8 @@ def choose(
     "The next token of each row."
     if sampling.temperature == 0:
         best, ids = logits.max(-1)
-        if bool(best.isnan().any()):
-            raise FloatingPointError("the model returned NaN")
+        if not bool((best > -math.inf).all()):
+            raise FloatingPointError("the model returned NaN, or no token with any probability")
         return ids
     if darts is None:
         raise ValueError("sampling needs one random number per row")
@@ -296,7 +300,9 @@ def _steps(
     for step in range(steps):
         logits = model(ids, cache=cache, padding=padding, last_only=True)[:, -1]
         for process in rules.processors:
-            logits = process(rows, logits)
+            shape, logits = logits.shape, process(rows, logits)
+            if logits.shape != shape:
+                raise InputError(f"a processor made {tuple(logits.shape)} of {tuple(shape)}", where="processors", fix="−∞ forbids a token")
         tokens = choose(logits, rules.sampling, darts[:, step])
         picked = tokens.tolist()
         going = [on and token not in rules.eos for on, token in zip(going, picked, strict=True)]
@@ -323,11 +329,13 @@ def checked_prompts(
 ) -> list[list[int]]:
     "Prompts as lists of ids. Raises `InputError` for what can't be continued."
     rows = prompts.tolist() if isinstance(prompts, Tensor) else [p.tolist() if isinstance(p, Tensor) else p for p in prompts]
-    if any(isinstance(row, int) for row in rows):
+    if any(isinstance(row, Integral) for row in rows):
         raise InputError("prompts are token ids without a batch", where="prompts", fix="wrap a single prompt in a list: [prompt]")
     if [] in (starts := [list(row)[:1] for row in rows]):
         raise InputError("a prompt is empty", where=f"prompts[{starts.index([])}]", fix="start it with the end-of-text token")
-    if max_new_tokens < 0:
+    if odd := next((id for row in rows for id in row if not isinstance(id, Integral) or id < 0), None):
+        raise InputError(f"a prompt has {odd!r:.40} in it", where="prompts", fix="encode texts first: a prompt is a list of ids, from 0 up")
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
         raise InputError(f"max_new_tokens is {max_new_tokens}", where="max_new_tokens", fix="use 0 or more")
     longest = max(map(len, rows), default=0)
     if max_length is not None and longest + max_new_tokens > max_length:
@@ -337,6 +345,16 @@ def checked_prompts(
     return [list(row) for row in rows]
 
 # %% ../../nbs/31_models.generation.ipynb #e77400f6
+def end_ids(
+    eos_id: int | Iterable[int] | None, # one, several, or none
+) -> frozenset[int]:
+    "The tokens that end a text. Raises `InputError` for what can't be one."
+    several = [] if eos_id is None else [eos_id] if isinstance(eos_id, Integral) else eos_id
+    ids = several.flatten().tolist() if isinstance(several, Tensor) else list(several) if isinstance(several, Iterable) else [several]
+    if not all(isinstance(id, Integral) and id >= 0 for id in ids):
+        raise InputError(f"eos_id is {eos_id!r}", where="eos_id", fix="give the id of the end token, or a list of ids")
+    return frozenset(map(int, ids)) # type: ignore[arg-type]
+
 def without_grad(
     model: CausalLM, # a module, or anything that quacks
 ) -> contextlib.AbstractContextManager[object]:
@@ -356,8 +374,7 @@ def _rules(
     if callable(processors) or not all(map(callable, processors)):
         raise InputError("processors must be functions of rows and logits", where="processors", fix="give a list of them, even for one")
     penalty = () if repetition_penalty == 1 else (RepetitionPenalty(repetition_penalty),)
-    eos = frozenset() if eos_id is None else frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
-    return _Rules(sampling, eos, (*penalty, *processors), stop)
+    return _Rules(sampling, end_ids(eos_id), (*penalty, *processors), stop)
 
 # %% ../../nbs/31_models.generation.ipynb #01bdd33c
 def generate(

@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..attention.positions import RopeScaling
-from ..core import InputError, atomic_write
-from .decoder import DecoderLM, ModelConfig
+from ..core import InputError, atomic_write, resolve_device
+from .decoder import DecoderLM, ModelConfig, decoder_tensors
 from .layers import default_hidden
 from ..tokenization.bpe import BPETokenizer
 
@@ -47,6 +47,17 @@ def _same(
 ) -> FieldRule:
     "The same value under another name."
     return FieldRule((theirs,), lambda record: {ours: record.get(theirs, default)}, lambda config: {theirs: getattr(config, ours)})
+
+def _needed(
+    theirs: str, # name of their field
+    ours: str, # name of ours
+) -> FieldRule:
+    "The same value under another name. Reading raises `InputError` where nothing is said."
+    def read(record: Mapping[str, object]) -> dict[str, object]:
+        if record.get(theirs) is None:
+            raise InputError(f"nothing is said about {theirs}", where="config.json", fix="add it: the model's page or its authors know")
+        return {ours: record[theirs]}
+    return FieldRule((theirs,), read, lambda config: {theirs: getattr(config, ours)})
 
 def _only(
     theirs: str, # name of their field
@@ -94,13 +105,18 @@ def _theta_and_scaling(config: ModelConfig) -> tuple[float, dict[str, object] | 
 def _read_rope(record: Mapping[str, object]) -> dict[str, object]:
     "Theta and scaling, in either spelling. Raises `InputError` for a scaling we don't have."
     found = record.get("rope_parameters") or record.get("rope_scaling") or {}
-    given = dict(cast(Mapping[str, object], found))
+    if not isinstance(found, Mapping):
+        raise InputError(f"the rope parameters are {found!r:.40}", where="config.json", fix="they should be an object, or null")
+    given = dict(found)
     theta = given.pop("rope_theta", None) or record.get("rope_theta") or 10_000.0
     part = given.pop("partial_rotary_factor", None) or record.get("partial_rotary_factor") or 1.0
     if part != 1:
         raise InputError(f"partial_rotary_factor={part!r} is not supported, only 1.0", where="config.json")
     longest = cast("int | None", record.get("max_position_embeddings"))
-    return {"rope_theta": theta, "rope_scaling": RopeScaling.from_hf(given, max_position_embeddings=longest)}
+    stretched = {"rope_type", "type"} & given.keys() and given.get("rope_type", given.get("type")) != "default"
+    if stretched and not {"factor", "original_max_position_embeddings"} & given.keys():
+        raise InputError("the rope parameters don't say how far to stretch", where="config.json", fix="add their factor")
+    return {"rope_theta": theta, "rope_scaling": RopeScaling.from_hf(given, max_position_embeddings=longest, length=longest)}
 
 _ROPE = FieldRule(("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"), _read_rope,
                   lambda config: dict(zip(("rope_theta", "rope_scaling"), _theta_and_scaling(config), strict=True)))
@@ -120,8 +136,8 @@ def _read_windows(
     if window is None or "sliding_attention" not in types:
         return {"window": None, "full_every": None}
     first = types.index("full_attention") + 1 if "full_attention" in types else None
-    shape = ModelConfig(vocab_size=2, n_layers=len(types), window=cast(int, window), full_every=first)
-    if list(types) != _layer_types(shape):
+    shape = {"vocab_size": 2, "n_layers": len(types), "window": window, "full_every": first}
+    if first == 1 or list(types) != _layer_types(ModelConfig(**shape)): # type: ignore[arg-type]
         raise InputError("layer_types in this order are not supported", where="config.json", fix="every n-th layer may see all")
     return {"window": window, "full_every": first}
 
@@ -149,9 +165,9 @@ def _typed_windows(
 # %% ../../nbs/34_models.pretrained.ipynb #7be06062
 _OR_ATTENTION: Mapping[object, object] = {False: False, True: "attention"}
 _GATES: Mapping[object, object] = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh"}
-_SIZES = (_same("vocab_size", "vocab_size"), _same("hidden_size", "d_model"), _same("num_hidden_layers", "n_layers"),
-          _same("num_attention_heads", "n_heads"), _same("num_key_value_heads", "n_kv_heads"), _same("intermediate_size", "hidden"),
-          _same("max_position_embeddings", "max_length"), _same("rms_norm_eps", "norm_eps", 1e-6), _ROPE)
+_SIZES = (_needed("vocab_size", "vocab_size"), _needed("hidden_size", "d_model"), _needed("num_hidden_layers", "n_layers"),
+          _needed("num_attention_heads", "n_heads"), _same("num_key_value_heads", "n_kv_heads"), _needed("intermediate_size", "hidden"),
+          _needed("max_position_embeddings", "max_length"), _same("rms_norm_eps", "norm_eps", 1e-6), _ROPE)
 
 def _llama_biases() -> FieldRule:
     "Biases in attention, or everywhere. Reading raises `InputError` for MLPs alone."
@@ -174,7 +190,7 @@ _LLAMA_TENSORS: dict[str, str | tuple[str, ...]] = { # our module: theirs
 _GPT2_TENSORS: dict[str, str | tuple[str, ...]] = {
     "embedding": "transformer.wte", "position_embedding": "transformer.wpe", "norm": "transformer.ln_f",
     "attention_norm": "ln_1", "mlp_norm": "ln_2", "attention.qkv_proj": "attn.c_attn", "attention.o_proj": "attn.c_proj",
-    "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj",
+    "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj", "head": "lm_head",
 }
 _GEMMA2_TENSORS = _LLAMA_TENSORS | {"attention_post_norm": "post_attention_layernorm", "mlp_norm": "pre_feedforward_layernorm",
                                     "mlp_post_norm": "post_feedforward_layernorm"}
@@ -273,6 +289,8 @@ def _refuse_unknown(record: Mapping[str, object], family: Family, ignore: Collec
         if name not in known and value not in (None, False, [], {}):
             what = "brings its own code, which is never run" if name == "auto_map" else f"has {name}={value!r:.60}, which we don't know"
             fix = f"pass ignore=[{name!r}] if it makes no difference"
+            if name == "quantization_config":
+                what, fix = f"is quantized ({name})", "take the original model, and quantize it here"
             raise InputError(f"this {family.model_type} {what}", where="config.json", fix=fix)
 
 # %% ../../nbs/34_models.pretrained.ipynb #f77f2681
@@ -282,10 +300,12 @@ def config_from_hf(
 ) -> ModelConfig:
     "The shape of a Hugging Face model. Raises `InputError` naming the first thing we don't have."
     kind = record.get("model_type")
-    if kind not in FAMILIES:
+    if "mmie" in record:
+        raise InputError("this is a model that mmie saved", where="config.json", fix="open it with what saved it, such as DecoderLM.load")
+    if not isinstance(kind, str) or kind not in FAMILIES:
         fix = f"DecoderLM knows {', '.join(FAMILIES)}; to generate from another, load it with transformers and wrap it in HFCausalLM"
         raise InputError(f"there is no model_type {kind!r} here", where="config.json", fix=fix)
-    family = FAMILIES[str(kind)]
+    family = FAMILIES[kind]
     _refuse_unknown(record, family, ignore)
     fields = dict(family.implied)
     for rule in family.rules:
@@ -388,7 +408,10 @@ def _shards(folder: Path) -> list[str]:
     "Names of the weight files. Raises `InputError` if there are none, or only pickled ones."
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        table = _read_json(index).get("weight_map")
+        if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
+            raise InputError("the index names no files", where=str(index), fix="the file is damaged: copy the folder again")
+        names = sorted(set(table.values()))
         if outside := [name for name in names if Path(name).name != name]:
             raise InputError(f"the index names a file outside of the folder, {outside[0]!r}", where=str(index))
         return names
@@ -441,10 +464,12 @@ def hub_folder(
     revision: str | None = None, # branch, tag or commit on the hub
 ) -> Path:
     "The folder itself, fetched if need be. Raises `InputError` if it's neither here nor there."
-    path = Path(source)
+    if not isinstance(source, str | Path):
+        raise InputError(f"{source!r:.60} is no model and no folder", where="source", fix="name a folder, or a model on the hub as 'owner/name'")
+    path = Path(source).expanduser()
     if path.is_dir():
         return path
-    if path.suffix in (*_PICKLES, ".safetensors", ".gguf"):
+    if path.is_file() or path.suffix in (*_PICKLES, ".safetensors", ".gguf"):
         pickled = "save it as safetensors: a pickle runs its author's code when it is opened"
         fix = pickled if path.suffix in _PICKLES else "name a folder with config.json and model.safetensors"
         raise InputError("this is a single file", where=str(path), fix=fix)
@@ -470,7 +495,11 @@ def load_hf(
     ignore: Collection[str] = (), # fields of config.json to skip, see `config_from_hf`
 ) -> DecoderLM: # in eval mode
     "A Hugging Face model as a `DecoderLM` of its own. Raises `InputError` for what we don't have, naming it; runs no code from a folder."
-    theirs = cast("PreTrainedModel", source) if isinstance(source, nn.Module) else None
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(f"dtype is {dtype!r}", where="dtype", fix="give one for numbers with a point, such as torch.bfloat16")
+    if isinstance(source, nn.Module) and not hasattr(source, "config"):
+        raise InputError(f"a {type(source).__name__} is no model of transformers", where="source")
+    place, theirs = resolve_device(device), cast("PreTrainedModel", source) if isinstance(source, nn.Module) else None
     folder = hub_folder(cast("str | Path", source), revision) if theirs is None else Path()
     record = _read_json(folder / "config.json") if theirs is None else theirs.config.to_dict()
     config = config_from_hf(record, ignore)
@@ -482,7 +511,7 @@ def load_hf(
     widest = dtype or max(dtypes, key=lambda kind: kind.itemsize)
     with torch.device("meta"):
         model = DecoderLM(config).to(widest)
-    model = model.to_empty(device=device).eval()
+    model = model.to_empty(device=place).eval()
     _fill(model, FAMILIES[str(record["model_type"])], stored)
     return model
 
@@ -491,13 +520,12 @@ def as_transformers(
     model: DecoderLM, # ours
 ) -> "PreTrainedModel": # a copy, in the same precision, place and mode
     "The same model in transformers. Raises `InputError` if that isn't installed, or has no model like it."
-    record = config_to_hf(model.config)
+    record, views = config_to_hf(model.config), hub_views(model.config, decoder_tensors(model))
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise InputError("transformers is not installed", fix="pip install transformers") from error
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**record), dtype=model.embedding.weight.dtype)
-    views = {name: view.detach() for name, view in hub_views(model.config, dict(model.named_parameters())).items()}
     lost, extra = theirs.load_state_dict(views, strict=False)
     if extra or set(lost) - ({"lm_head.weight"} if model.config.tie_embeddings else set()):
         raise InputError(f"this version of transformers has other weights in a {record['model_type']}", fix="use another one")
@@ -525,20 +553,25 @@ def save_hf_folder(
     eos_id: int | Sequence[int] | None = None, # what ends an answer, by default the tokenizer's end of text
 ) -> None:
     "Write a folder that transformers loads with no code of ours. Raises `InputError` if it has no model like this."
+    views, vocab = hub_views(model.config, decoder_tensors(model)), model.config.vocab_size
     record = config_to_hf(model.config) | {"torch_dtype": str(model.embedding.weight.dtype).removeprefix("torch.")}
     if chat_template is not None and tokenizer is None:
         raise InputError("a chat template is part of a tokenizer", where="chat_template", fix="give the tokenizer as well")
     if tokenizer is not None:
+        if not hasattr(tokenizer, "save_pretrained") and not isinstance(tokenizer, BPETokenizer):
+            raise InputError(f"{tokenizer!r:.60} is no tokenizer", where="tokenizer", fix="give the object, ours or that of transformers")
         theirs = cast(HubTokenizer, tokenizer.to_hf() if isinstance(tokenizer, BPETokenizer) else tokenizer)
-        if len(theirs) > model.config.vocab_size:
-            what = f"the tokenizer has {len(theirs)} ids, the model {model.config.vocab_size}"
+        if len(theirs) > vocab:
+            what = f"the tokenizer has {len(theirs)} ids, the model {vocab}"
             raise InputError(what, where="tokenizer", fix="save the one it was trained with")
         theirs.chat_template = chat_template or theirs.chat_template
         theirs.save_pretrained(str(folder))
         record |= {name: getattr(theirs, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if eos_id is not None:
-        record["eos_token_id"] = eos_id if isinstance(eos_id, int) else list(eos_id)
-    views = hub_views(model.config, dict(model.named_parameters()))
+        ends = [eos_id] if isinstance(eos_id, int) else list(eos_id)
+        if not all(isinstance(end, int) and 0 <= end < vocab for end in ends):
+            raise InputError(f"eos_id is {eos_id!r}", where="eos_id", fix=f"give ids of this model's tokens, 0 … {vocab - 1}")
+        record["eos_token_id"] = eos_id if isinstance(eos_id, int) else ends
     tensors = {name: view.detach().cpu().clone(memory_format=torch.contiguous_format) for name, view in views.items()}
     atomic_write(Path(folder) / "model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
     atomic_write(Path(folder) / "config.json", json.dumps(record, indent=2) + "\n")
@@ -610,6 +643,8 @@ class HFCausalLM(nn.Module):
             raise InputError(f"{type(model).__name__} gives no logits for a next token", fix="use AutoModelForCausalLM.from_pretrained")
         self.model = model
         self._accepts = frozenset(inspect.signature(model.forward).parameters)
+        if "past_key_values" not in self._accepts:
+            raise InputError(f"{type(model).__name__} has no cache of keys and values to go on from", fix="use its own generate")
         self.max_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
@@ -635,6 +670,8 @@ class HFCausalLM(nn.Module):
         last_only: bool = False, # logits of the last position only
     ) -> Tensor: # (batch, length or 1, vocab)
         "Logits for the token after each position."
+        if padding is not None and "attention_mask" not in self._accepts:
+            raise InputError(f"{type(self.model).__name__} can't be told what is filler", where="padding", fix="feed rows one by one")
         options = _hf_inputs(ids, cache, padding) | ({"logits_to_keep": 1} if last_only else {})
         logits: Tensor = self.model(ids, **{name: value for name, value in options.items() if name in self._accepts}).logits
         return logits[:, -1:] if last_only else logits

@@ -10,6 +10,7 @@ __all__ = ['IdsCache', 'Hypothesis', 'beam_search', 'NGramLM', 'residual', 'Prop
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Protocol
 
 import numpy as np
@@ -24,6 +25,7 @@ from mmie.models.generation import (
     LogitProcessor,
     Sampling,
     checked_prompts,
+    end_ids,
     filter_logits,
     pad_left,
     without_grad,
@@ -150,7 +152,7 @@ def _checked_width(
     length_penalty: float, # any number
 ) -> None:
     "Raises `InputError` for a search that can't be made."
-    if beams < 1:
+    if not isinstance(beams, Integral) or beams < 1:
         raise InputError(f"beams is {beams}", where="beams", fix="use 1 or more; 1 is greedy")
     if not 1 <= n_best <= beams:
         raise InputError(f"n_best is {n_best} with {beams} beams", where="n_best", fix=f"use 1 to {beams}, or more beams")
@@ -172,7 +174,7 @@ def beam_search(
     "Search for the most probable continuations. Raises `InputError` as `generate` does. Lowerre 1976, Wu et al. 2016."
     _checked_width(beams, n_best, length_penalty)
     rows = checked_prompts(prompts, max_new_tokens, model.max_length)
-    eos = frozenset() if eos_id is None else frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
+    eos = end_ids(eos_id)
     best = [_Best(beams, max_new_tokens, length_penalty) for _ in rows]
     if rows and max_new_tokens:
         with without_grad(model):
@@ -329,7 +331,10 @@ class _Reader:
         same = next((i for i, (old, new) in enumerate(zip(self.held, ids, strict=False)) if old != new), min(len(self.held), len(ids)))
         same = min(same, len(ids) - last)
         if same < len(self.held):
-            self.cache.truncate(same)
+            try:
+                self.cache.truncate(same)
+            except InputError: # a window or a sum, which can't take anything back: read it all again
+                self.cache, same = self.model.new_cache(1, self.room), 0
         logits = self.model(torch.tensor([ids[same:]], device=self.model.device), cache=self.cache)
         self.held = list(ids)
         return logits[0, -last:]
@@ -410,7 +415,11 @@ def speculate(
         raise InputError(f"lookahead is {lookahead}", where="lookahead", fix="use 0 or more; 4 is a good start")
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     text = checked_prompts([prompt], max_new_tokens, model.max_length)[0]
-    eos = frozenset() if eos_id is None else frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
+    eos = end_ids(eos_id)
+    if not hasattr(draft, "propose"):
+        raise InputError(f"a {type(draft).__name__} makes no proposals", where="draft", fix="wrap a model as ModelDraft(model)")
+    if seed is not None and not (isinstance(seed, Integral) and seed >= 0):
+        raise InputError(f"seed is {seed!r}", where="seed", fix="use a whole number from 0 up")
     rng = np.random.default_rng(int(torch.randint(2**62, ())) if seed is None else seed)
     reader, limit, rounds, proposed, accepted = _Reader(model), len(text) + max_new_tokens, 0, 0, 0
     guess = Proposal([], None)
