@@ -214,7 +214,7 @@ except ValueError as error: print(type(error).__name__, error)
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", "not JSON"), ("[]", "no JSON object"), ("{}", "model_type"),
-                                              ('{"model_type": "llama", "hidden_size": "x"}', "d_model")])
+                                              (json.dumps(HUB["llama-3.2-1b"][0] | {"hidden_size": "x"}), "d_model")])
 def test_damaged_configs(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     (tmp_path / "model.safetensors").write_bytes(b"")
@@ -253,3 +253,29 @@ def test_any_causal_model_generates(kind):
     theirs = [model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p), dtype=torch.long), max_new_tokens=10, do_sample=False,
                              pad_token_id=0)[0, len(p):].tolist() for p in prompts]
     assert alone == theirs == generate(wrapped, prompts, 10, temperature=0)
+
+
+def test_what_was_exchanged_is_neither_saved_nor_exported(tmp_path):
+    from mmie.quantization.post_training import quantize
+    small = quantize(DecoderLM(ModelConfig(**SMALL)))
+    for leave in (lambda: small.save(tmp_path), small.to_hf, lambda: small.save_hf(tmp_path)):
+        with pytest.raises(InputError, match="save_quantized"):
+            leave()
+    assert not list(tmp_path.iterdir())
+
+
+def test_end_tokens_and_tokenizers_are_checked_before_a_folder_is_written(tmp_path):
+    model = DecoderLM(ModelConfig(**SMALL))
+    for eos in (64, -1, "</s>", [1, 64]):
+        with pytest.raises(InputError, match="0 … 63"):
+            model.save_hf(tmp_path, eos_id=eos)
+    with pytest.raises(InputError, match="no tokenizer"):
+        model.save_hf(tmp_path, "gpt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_without_a_cache_of_keys_are_not_wrapped():
+    for model in (transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=4)),
+                  transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))):
+        with pytest.raises(InputError, match="its own generate"):
+            HFCausalLM(model)

@@ -335,7 +335,7 @@ def checked_prompts(
         raise InputError("a prompt is empty", where=f"prompts[{starts.index([])}]", fix="start it with the end-of-text token")
     if odd := next((id for row in rows for id in row if not isinstance(id, Integral) or id < 0), None):
         raise InputError(f"a prompt has {odd!r:.40} in it", where="prompts", fix="encode texts first: a prompt is a list of ids, from 0 up")
-    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
+    if not isinstance(max_new_tokens, Integral) or int(max_new_tokens) < 0:
         raise InputError(f"max_new_tokens is {max_new_tokens}", where="max_new_tokens", fix="use 0 or more")
     longest = max(map(len, rows), default=0)
     if max_length is not None and longest + max_new_tokens > max_length:
@@ -351,9 +351,9 @@ def end_ids(
     "The tokens that end a text. Raises `InputError` for what can't be one."
     several = [] if eos_id is None else [eos_id] if isinstance(eos_id, Integral) else eos_id
     ids = several.flatten().tolist() if isinstance(several, Tensor) else list(several) if isinstance(several, Iterable) else [several]
-    if not all(isinstance(id, Integral) and id >= 0 for id in ids):
+    if not all(isinstance(id, Integral) and int(id) >= 0 for id in ids):
         raise InputError(f"eos_id is {eos_id!r}", where="eos_id", fix="give the id of the end token, or a list of ids")
-    return frozenset(map(int, ids)) # type: ignore[arg-type]
+    return frozenset(map(int, ids))
 
 def without_grad(
     model: CausalLM, # a module, or anything that quacks

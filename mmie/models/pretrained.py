@@ -137,7 +137,7 @@ def _read_windows(
         return {"window": None, "full_every": None}
     first = types.index("full_attention") + 1 if "full_attention" in types else None
     shape = {"vocab_size": 2, "n_layers": len(types), "window": window, "full_every": first}
-    if first == 1 or list(types) != _layer_types(ModelConfig(**shape)): # type: ignore[arg-type]
+    if first == 1 or list(types) != _layer_types(ModelConfig(**shape)):
         raise InputError("layer_types in this order are not supported", where="config.json", fix="every n-th layer may see all")
     return {"window": window, "full_every": first}
 
@@ -465,7 +465,7 @@ def hub_folder(
 ) -> Path:
     "The folder itself, fetched if need be. Raises `InputError` if it's neither here nor there."
     if not isinstance(source, str | Path):
-        raise InputError(f"{source!r:.60} is no model and no folder", where="source", fix="name a folder, or a model on the hub as 'owner/name'")
+        raise InputError(f"{source!r:.60} is no model and no folder", where="source", fix="name a folder, or 'owner/name' on the hub")
     path = Path(source).expanduser()
     if path.is_dir():
         return path
