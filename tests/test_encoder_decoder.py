@@ -24,12 +24,12 @@ SOURCES = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5, 8]]
 
 @st.composite
 def shapes(draw: Any) -> EncoderDecoderConfig:
-    heads = draw(st.sampled_from([1, 2, 3]))
+    heads, positions = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from(["rope", "relative", "sinusoidal", "learned", "none"]))
     return EncoderDecoderConfig(
         vocab_size=12, d_model=12, n_heads=heads, head_dim=draw(st.sampled_from([None, 6])) if heads != 3 else 4, hidden=8, max_length=16,
         encoder_layers=draw(st.integers(1, 2)), decoder_layers=draw(st.integers(1, 2)), mlp=draw(st.sampled_from(["swiglu", "relu", "silu", "gelu"])),
         norm=draw(st.sampled_from(["rmsnorm", "layernorm"])), norm_first=draw(st.booleans()), bias=draw(st.booleans()),
-        positions=draw(st.sampled_from(["rope", "relative", "sinusoidal", "learned", "none"])), buckets=4, furthest=8,
+        positions=positions, **({"buckets": 4, "furthest": 8} if positions == "relative" else {}),
         attention_scale=draw(st.sampled_from([None, 1.0])), scale_embeddings=draw(st.booleans()), embedding_norm=draw(st.booleans()),
         tie_embeddings=draw(st.booleans()), scale_logits=draw(st.booleans()), logits_bias=draw(st.booleans()))
 
@@ -159,9 +159,20 @@ def test_mistakes_are_sentences(call: Any, message: str) -> None:
 def test_hooks_leave_even_when_the_model_fails() -> None:
     encoder = Encoder(EncoderDecoderConfig(vocab_size=12, d_model=12, n_heads=2))
     layers = [block.attention for block in encoder.blocks]
-    with pytest.raises(IndexError):
+    with pytest.raises(InputError, match="vocabulary"):
         maps_while(lambda: encoder(torch.tensor([[99]])), layers) # type: ignore[arg-type]
     assert not any(layer._forward_pre_hooks for layer in layers)
+
+
+@pytest.mark.parametrize("positions", ["rope", "relative", "sinusoidal", "learned"])
+def test_quantized_models_run_and_are_not_saved_as_what_they_are_not(positions: Any, tmp_path: Path) -> None:
+    from mmie.quantization.post_training import quantize
+    model = EncoderDecoderLM(EncoderDecoderConfig(vocab_size=12, d_model=32, positions=positions)).eval()
+    small, (source, target) = quantize(model), torch.randint(0, 12, (2, 2, 5))
+    torch.testing.assert_close(small(source, target), model(source, target), rtol=0, atol=0.05)
+    with pytest.raises(InputError, match="save_quantized"):
+        save_encoder_decoder(small, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 # The explorer

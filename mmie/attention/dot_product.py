@@ -165,6 +165,8 @@ def check_rules(
         raise InputError("the mask is a function without spans", fix="a rule needs a method `spans`: see Visibility")
     if getattr(mask, "rows", None) not in (None, shape[0]):
         raise InputError(f"the mask was made for another number of rows than {shape[0]}", fix="make it for this batch")
+    if isinstance(bias, Tensor) and not (bias.is_cuda or torch.compiler.is_compiling() or bool(bias.isfinite().all())):
+        raise InputError("the bias holds numbers that aren't finite", fix="say who may look with mask=, and rows that see nothing are zero")
     length = getattr(mask, "length", None)
     if length is not None and length < shape[3]:
         raise InputError(f"the mask {mask!r} covers {length} positions, and there are {shape[3]}", fix="make it for the whole text")

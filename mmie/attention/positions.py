@@ -19,22 +19,24 @@ from ..core import InputError, Settings, did_you_mean
 def frequencies(
     dim: int, # even: one frequency for each pair of dimensions
     theta: float = 10_000.0, # the slowest wave is about theta times slower than the fastest
-) -> Tensor: # (dim / 2,) float32, radians per position, from 1 down to nearly 1/theta
+    dtype: torch.dtype = torch.float32, # in which they're computed; the usual one, since models were trained with its rounding
+) -> Tensor: # (dim / 2,), radians per position, from 1 down to nearly 1/theta
     "How fast each pair of dimensions turns (Vaswani et al., 2017). Raises `InputError` if dim is odd, or theta not positive."
     if dim < 2 or dim % 2:
         raise InputError(f"positions need pairs of dimensions, not {dim}", where="dim", fix="use an even number")
     if not theta > 0:
         raise InputError(f"waves can't get {theta} times slower", where="theta", fix="use a positive number, such as 10000")
-    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.int64).to(dtype) / dim)
 
 # %% ../../nbs/22_attention.positions.ipynb #8496adc2
 def sinusoidal_table(
     length: int, # positions 0 … length - 1
     d_model: int, # width of the model, even
     theta: float = 10_000.0, # ratio of slowest to fastest wave
-) -> Tensor: # (length, d_model) float32: sine, cosine, sine, cosine, …
+    dtype: torch.dtype = torch.float32, # in which it's computed
+) -> Tensor: # (length, d_model): sine, cosine, sine, cosine, …
     "The table of the first Transformer, to be added to the embeddings (Vaswani et al., 2017)."
-    angles = torch.arange(length).float()[:, None] * frequencies(d_model, theta)
+    angles = torch.arange(length).to(dtype)[:, None] * frequencies(d_model, theta, dtype)
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
 
 # %% ../../nbs/22_attention.positions.ipynb #684722b5
@@ -148,6 +150,8 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         if layout not in ("half", "interleaved"):
             raise InputError(f"there is no layout {layout!r}", fix="use 'half' or 'interleaved'")
+        if scaling is not None and not hasattr(scaling, "frequencies"):
+            raise InputError(f"a {type(scaling).__name__} is no scaling", where="scaling", fix="use RopeScaling, or RopeScaling.from_hf")
         self.head_dim, self.theta, self.layout, self.scaling = head_dim, theta, layout, scaling
         self.rotary_dim = head_dim if rotary_dim is None else rotary_dim
         if self.rotary_dim > head_dim:

