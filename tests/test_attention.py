@@ -1,4 +1,5 @@
-"""Every backend of attention against the loop, over shapes, heads, rules, biases and precisions drawn at random."""
+"""Every backend of attention, and every layer with all its options, against loops: shapes, heads, rules and precisions drawn at random."""
+import copy
 import pickle
 import warnings
 from collections.abc import Callable
@@ -10,9 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmie.attention.dot_product import attention, attention_loop, attention_weights, repeat_kv
+from mmie.attention.latent import LatentAttention
+from mmie.attention.linear import LinearAttention
 from mmie.attention.masks import (
     Mask, additive_mask, causal, document, everything, flex_block_mask, padding, prefix, sinks, window,
 )
+from mmie.attention.multihead import Attention, KVCache
+from mmie.attention.positions import ALiBi, RotaryEmbedding
+from mmie.attention.variants import DifferentialAttention
 from mmie.core import InputError
 
 quick = settings(max_examples=60, deadline=None)
@@ -255,3 +261,158 @@ def test_a_learned_bias_learns() -> None:
 def test_mistakes_are_said_in_a_sentence(make: Callable[[], object], says: str) -> None:
     with pytest.raises(InputError, match=says):
         make()
+
+
+@st.composite
+def layers(draw: st.DrawFn, differential: bool = False) -> tuple[Attention, bool]:
+    "A layer with options drawn at random, and whether rows may be padded on the left."
+    kv_heads, groups, d = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 3])), draw(st.sampled_from([4, 6]))
+    heads = kv_heads * groups
+    size = d // 2 if differential else d
+    rope = RotaryEmbedding(size, rotary_dim=2) if size > 3 else None
+    positions = draw(st.sampled_from([None, rope, ALiBi(heads)]))
+    window_of = draw(st.none() | st.integers(1, 5))
+    sinks_of = draw(st.integers(0, 2)) if window_of is not None else 0
+    options = {"softcap": draw(st.sampled_from([None, 1.5])), "scale": draw(st.sampled_from([None, 0.3])), "bias": draw(st.sampled_from([True, False, "qkv"])),
+               "qk_norm": draw(st.booleans()), "backend": draw(st.sampled_from(["reference", "explicit", "sdpa", "auto"]))}
+    kind = DifferentialAttention if differential else Attention
+    layer = kind(12, heads, kv_heads, head_dim=d, positions=positions, window=window_of, sinks=sinks_of, **options).double()
+    for norm in (layer.q_norm, layer.k_norm):
+        if norm is not None:
+            torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    return layer, sinks_of == 0
+
+
+def layer_by_loops(layer: Attention, x: Tensor, may: Tensor, places: Tensor) -> Tensor:
+    "The same layer from its weights, head by head and pair by pair: x (batch, n, width), may (batch, heads, n, n), places (batch, n)."
+    h, g, d, n = layer.n_heads, layer.n_kv_heads, layer.head_dim, x.shape[1]
+    heads = layer.qkv_proj(x).unflatten(-1, (h + 2 * g, d)).transpose(1, 2)
+    q, k, v = heads[:, :h], heads[:, h:h + g], heads[:, h + g:]
+    if layer.q_norm is not None:
+        q, k = (t / (t.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight for t, norm in ((q, layer.q_norm), (k, layer.k_norm)))
+    at = torch.arange(n)
+    bias = layer.positions(at[:, None], at[None]).double() if isinstance(layer.positions, ALiBi) else None
+    if isinstance(layer.positions, RotaryEmbedding):
+        q, k = layer.positions(q, places), layer.positions(k, places)
+    near = at[None] <= at[:, None]
+    if layer.window is not None:
+        near = near & ((at[:, None] - at[None] < layer.window) | (at[None] < layer.sinks))
+    found = [[attention_loop(q[b, i], k[b, i // (h // g)], v[b, i // (h // g)], near & may[b, i], scale=layer.scale,
+                             bias=None if bias is None else bias[i], softcap=layer.softcap) for i in range(h)] for b in range(len(x))]
+    return layer.o_proj(torch.stack([torch.cat(row, dim=-1) for row in found]))
+
+
+@st.composite
+def padded_words(draw: st.DrawFn, heads: int, padding_allowed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | Mask]:
+    "Words, who may look, positions; and the mask that says so: of rows, of heads, or as a rule."
+    n, rng = draw(st.integers(1, 9)), torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    left = [0, draw(st.integers(0, n)) if padding_allowed else 0]
+    x = torch.randn(2, n, 12, generator=rng, dtype=torch.float64)
+    real = torch.arange(n) >= torch.tensor(left)[:, None]
+    may = real[:, None, None].expand(2, heads, n, n)
+    mask: Tensor | Mask = real[:, None, None]
+    form = draw(st.sampled_from(["rows", "heads", "rule"]))
+    if form == "rule":
+        mask = padding(left=left)
+    if form == "heads":
+        mask = may & (torch.rand(1, heads, n, n, generator=rng) < 0.7)
+        may = mask
+    return x, may, (torch.arange(n) - torch.tensor(left)[:, None]).clamp(min=0), mask
+
+
+def cut(mask: Tensor | Mask, start: int, stop: int) -> Tensor | Mask:
+    "What a mask says to queries start … stop - 1 about the keys up to there."
+    if isinstance(mask, Mask):
+        return mask
+    return (mask if mask.shape[2] == 1 else mask[:, :, start:stop])[..., :stop]
+
+
+@quick
+@given(st.data(), layers())
+def test_a_layer_with_everything_is_its_loops(data: st.DataObject, drawn: tuple[Attention, bool]) -> None:
+    layer, padding_allowed = drawn
+    x, may, places, mask = data.draw(padded_words(layer.n_heads, padding_allowed))
+    ids = places if padding_allowed else None
+    truth = layer_by_loops(layer, x, may, places)
+    torch.testing.assert_close(layer(x, mask=mask, position_ids=ids), truth, atol=1e-10, rtol=0)
+    x.requires_grad_()
+    direction = torch.randn_like(x)
+    ours, theirs = (torch.autograd.grad((y * direction).sum(), [x, layer.qkv_proj.weight], allow_unused=True, materialize_grads=True)
+                    for y in (layer(x, mask=mask, position_ids=ids), layer_by_loops(layer, x, may, places)))
+    torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
+
+
+@quick
+@given(st.data(), st.booleans())
+def test_a_layer_with_everything_remembers(data: st.DataObject, differential: bool) -> None:
+    layer, padding_allowed = data.draw(layers(differential))
+    x, _, places, mask = data.draw(padded_words(layer.n_heads, padding_allowed))
+    ids, n, stop = places if padding_allowed else None, x.shape[1], 0
+    whole, cache, order = layer(x, mask=mask, position_ids=ids), layer.new_cache(2, n, torch.float64), torch.arange(2)
+    if data.draw(st.booleans()):
+        cache = KVCache(2, layer.n_kv_heads, n, layer.head_dim, torch.float64)
+    with torch.inference_mode():
+        while stop < n:
+            start, stop = stop, data.draw(st.integers(stop + 1, n))
+            given_mask = cut(mask, start, stop)
+            if isinstance(given_mask, Mask):
+                given_mask = given_mask.dense(stop - start, stop)
+            here = given_mask[order] if given_mask.shape[0] == 2 else given_mask
+            out = layer(x[order, start:stop], mask=here, cache=cache, position_ids=None if ids is None else ids[order, start:stop])
+            torch.testing.assert_close(out, whole[order, start:stop], atol=1e-10, rtol=0)
+            action = data.draw(st.sampled_from(["none", "none", "reorder", "select", "truncate"]))
+            if action == "reorder":
+                rows = torch.tensor(data.draw(st.permutations(range(len(order)))))
+                cache.reorder(rows)
+                order = order[rows]
+            elif action == "select":
+                rows = torch.tensor(data.draw(st.lists(st.integers(0, len(order) - 1), min_size=1, max_size=3)))
+                cache.select(rows)
+                order = order[rows]
+            elif action == "truncate" and (isinstance(cache, KVCache) or cache.length <= cache.k.shape[2]):
+                stop = data.draw(st.integers(0, stop))
+                cache.truncate(stop)
+
+
+@pytest.mark.parametrize("layer", [
+    Attention(32, 4, 2, positions=RotaryEmbedding(8), qk_norm=True), Attention(32, 4, 1, positions=ALiBi(4), window=3, sinks=2, softcap=5.0),
+    DifferentialAttention(32, 4, 2, positions=RotaryEmbedding(4), window=3), LatentAttention(32, 4, positions=RotaryEmbedding(4)),
+    LinearAttention(32, 4, 2, features="none", positions=RotaryEmbedding(8))], ids=lambda layer: type(layer).__name__)
+def test_layers_survive_what_programs_do_with_them(layer: Attention) -> None:
+    x = torch.randn(2, 7, 32)
+    assert copy.deepcopy(layer)(x).equal(layer(x)) and pickle.loads(pickle.dumps(layer))(x).equal(layer(x))
+    for shape in ((0, 7, 32), (2, 0, 32), (2, 1, 32)):
+        assert layer(torch.randn(shape)).shape == shape
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings(action="error"):
+        for given in (x, x.bfloat16()):
+            rough = layer(given)
+            assert rough.dtype == torch.bfloat16 and (rough - layer(x)).abs().max() < 0.05
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+    cache = layer.new_cache(2, 9)
+    with torch.inference_mode():
+        layer(x, cache=cache)
+        for rows in ([1], [0, 2]):
+            with pytest.raises(InputError, match="rows"):
+                cache.reorder(torch.tensor(rows))
+        for batch in (1, 3):
+            with pytest.raises(InputError, match="batch"):
+                layer(torch.randn(batch, 1, 32), cache=cache)
+        cache.select(torch.tensor([1]))
+    with torch.no_grad():  # what was selected in inference mode serves outside of it, too
+        torch.testing.assert_close(layer(x[1:, :1], cache=cache).shape, torch.Size((1, 1, 32)))
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"window": 3, "sinks": 1}], ids=repr)
+@pytest.mark.parametrize(("mask", "says"), [
+    (torch.ones(2, 1, 1, 9).bool(), "broadcast to"), (torch.ones(2, 1, 1, 5).bool(), "broadcast to"), (torch.zeros(7, 7), "boolean"),
+    (torch.ones(2, 3, 1, 7).bool(), "broadcast to"), (document([0, 0, 1]), "covers 3"), (padding(left=[0, 1, 2]), "rows"), ([True] * 7, "a list")])
+def test_masks_that_do_not_fit(options: dict[str, int], mask: object, says: str) -> None:
+    for kind in (Attention, DifferentialAttention):
+        layer, x = kind(32, 4, 2, **options), torch.randn(2, 7, 32)
+        with pytest.raises(InputError, match=says):
+            layer(x, mask=mask)
+        with pytest.raises(InputError, match=says), torch.inference_mode():
+            cache = layer.new_cache(2, 9)
+            layer(x[:, :6], cache=cache)
+            layer(x[:, 6:], mask=mask, cache=cache)
