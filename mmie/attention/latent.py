@@ -202,7 +202,7 @@ def absorbing_pays(
     return queries * kv_lora_rank * (read + 2 * keys) < keys * read * (kv_lora_rank + queries)
 
 # %% ../../nbs/26_attention.latent.ipynb #ac8edbd6
-def _latent_attend(layer: "LatentAttention", x: Tensor, mask: Tensor | Visibility | None,
+def _latent_attend(layer: "_LatentLook", x: Tensor, mask: Tensor | Visibility | None,
                    cache: LatentCache | None, position_ids: Tensor | None) -> Tensor:
     "What each head found, (batch, n_heads, length, value)."
     where: Tensor | int = (0 if cache is None else cache.length) if position_ids is None else position_ids
@@ -238,7 +238,29 @@ def _check_latent_call(x: Tensor, d_model: int, context: object, cache: object, 
         raise InputError("a layer that sees the future can't work word by word", where="cache", fix="use causal=True, or no cache")
 
 # %% ../../nbs/26_attention.latent.ipynb #b58faad9
-class LatentAttention(_LatentProjections):
+class _LatentLook(_LatentProjections):
+    "What the layer does with its matrices."
+    d_model: int
+    positions: RotaryEmbedding | None
+    absorb: bool | None
+    scale: float
+    backend: str
+    causal: bool
+
+    def forward(
+        self,
+        x: Tensor, # (batch, length, d_model)
+        context: None = None, # nothing else to look at: latents are made of x
+        mask: Tensor | Visibility | None = None, # boolean, broadcastable to (batch, heads, length, keys), True = may look; or its rule
+        cache: LatentCache | None = None, # holds the earlier positions, and takes these
+        position_ids: Tensor | None = None, # (length,) or (batch, length); None: they go on where the cache ends
+    ) -> Tensor: # (batch, length, d_model)
+        "Look, and bring back what was found. Raises `InputError` for what doesn't go together."
+        _check_latent_call(x, self.d_model, context, cache, self.causal)
+        return self.o_proj(_latent_attend(self, x, mask, cache, position_ids).transpose(1, 2).flatten(2))
+
+# %% ../../nbs/26_attention.latent.ipynb #f8dac507
+class LatentAttention(_LatentLook):
     "Multi-head latent attention (DeepSeek-V2, 2024, <https://arxiv.org/abs/2405.04434>). Raises `InputError` for sizes that don't fit."
     def __init__(
         self,
@@ -263,18 +285,6 @@ class LatentAttention(_LatentProjections):
         super().__init__(d_model, n_heads, sizes, q_lora_rank, norm_eps, bias)
         self.positions, self.absorb, self.backend, self.causal, self.d_model = positions, absorb, backend, causal, d_model
         self.scale = (self.nope + self.rope) ** -0.5 if scale is None else scale
-
-    def forward(
-        self,
-        x: Tensor, # (batch, length, d_model)
-        context: None = None, # nothing else to look at: latents are made of x
-        mask: Tensor | Visibility | None = None, # boolean, broadcastable to (batch, heads, length, keys), True = may look; or its rule
-        cache: LatentCache | None = None, # holds the earlier positions, and takes these
-        position_ids: Tensor | None = None, # (length,) or (batch, length); None: they go on where the cache ends
-    ) -> Tensor: # (batch, length, d_model)
-        "Look, and bring back what was found. Raises `InputError` for what doesn't go together."
-        _check_latent_call(x, self.d_model, context, cache, self.causal)
-        return self.o_proj(_latent_attend(self, x, mask, cache, position_ids).transpose(1, 2).flatten(2))
 
 # %% ../../nbs/26_attention.latent.ipynb #ffcafb82
 def stored_per_token(

@@ -131,7 +131,18 @@ def _check_positions(layer: "_Heads", positions: object) -> None:
                          where="positions", fix=f"use ALiBi({layer.n_heads})")
 
 # %% ../../nbs/23_attention.multihead.ipynb #c766a968
-class _Heads(nn.Module):
+class _Plain(nn.Module):
+    "What a variant may change, and a plain layer doesn't."
+    def asks(self, inputs: "AttentionInputs") -> "AttentionInputs":
+        "What to ask, given what a plain layer would: here just that."
+        return inputs
+
+    def combines(self, heads: Tensor) -> Tensor: # (batch, heads, queries, anything)
+        "What to make of the heads' answers, or of their maps: here just those."
+        return heads
+
+# %% ../../nbs/23_attention.multihead.ipynb #c2b140a3
+class _Heads(_Plain):
     "The matrices of a layer, and the rules it keeps."
     def __init__(
         self,
@@ -163,14 +174,6 @@ class _Heads(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
         self.d_model = d_model
-
-    def asks(self, inputs: "AttentionInputs") -> "AttentionInputs":
-        "What to ask, given what a plain layer would: here just that."
-        return inputs
-
-    def combines(self, heads: Tensor) -> Tensor: # (batch, heads, queries, anything)
-        "What to make of the heads' answers, or of their maps: here just those."
-        return heads
 
 # %% ../../nbs/23_attention.multihead.ipynb #0b3f1afe
 class LayerCache(Protocol):

@@ -123,6 +123,15 @@ class Rescaling(Protocol):
     def frequencies(self, dim: int, theta: float) -> Tensor: ... # (dim / 2,) float32, radians per position
 
 # %% ../../nbs/22_attention.positions.ipynb #63dba231
+def _check_rotation(head_dim: int, rotary_dim: int, layout: str, scaling: object) -> None:
+    "Refuse rotations that can't be."
+    if layout not in ("half", "interleaved"):
+        raise InputError(f"there is no layout {layout!r}", fix="use 'half' or 'interleaved'")
+    if scaling is not None and not hasattr(scaling, "frequencies"):
+        raise InputError(f"a {type(scaling).__name__} is no scaling", where="scaling", fix="use RopeScaling, or RopeScaling.from_hf")
+    if rotary_dim > head_dim:
+        raise InputError(f"a head of {head_dim} numbers can't turn {rotary_dim}", where="rotary_dim", fix=f"use at most {head_dim}")
+
 def _check_turn(x: Tensor, positions: Tensor | int, head_dim: int) -> None:
     "Refuse heads of another size, and positions that don't belong to these words."
     if x.shape[-1] != head_dim:
@@ -148,14 +157,9 @@ class RotaryEmbedding(nn.Module):
         scaling: Rescaling | None = None, # slower waves, for texts longer than those of the training
     ) -> None:
         super().__init__()
-        if layout not in ("half", "interleaved"):
-            raise InputError(f"there is no layout {layout!r}", fix="use 'half' or 'interleaved'")
-        if scaling is not None and not hasattr(scaling, "frequencies"):
-            raise InputError(f"a {type(scaling).__name__} is no scaling", where="scaling", fix="use RopeScaling, or RopeScaling.from_hf")
         self.head_dim, self.theta, self.layout, self.scaling = head_dim, theta, layout, scaling
         self.rotary_dim = head_dim if rotary_dim is None else rotary_dim
-        if self.rotary_dim > head_dim:
-            raise InputError(f"a head of {head_dim} numbers can't turn {rotary_dim}", where="rotary_dim", fix=f"use at most {head_dim}")
+        _check_rotation(head_dim, self.rotary_dim, layout, scaling)
         with torch.device("cpu"): # numbers, even while a model is built on the meta device
             omega = (frequencies if scaling is None else scaling.frequencies)(self.rotary_dim, theta)
         self._tables = _Tables(omega, layout, 1.0 if scaling is None else scaling.magnitude)

@@ -89,7 +89,28 @@ def _mask_pairs(mask: Tensor | Visibility | None) -> Tensor | Visibility | None:
     return _Twice(mask) if hasattr(mask, "spans") and not isinstance(mask, Mask) else mask
 
 # %% ../../nbs/25_attention.variants.ipynb #f809e178
-class DifferentialAttention(Attention):
+class _TwoMaps(Attention):
+    "Each query asked twice, and one answer subtracted from the other."
+    lambda_q: nn.Parameter
+    lambda_k: nn.Parameter
+    lambda_init: float
+
+    def subtracted(self) -> Tensor: # a single number
+        "Lambda: how much of the second map is taken off."
+        first, second = (self.lambda_q * self.lambda_k).sum(-1).exp()
+        return first - second + self.lambda_init
+
+    def asks(self, inputs: AttentionInputs) -> AttentionInputs:
+        "Each query twice, for the two maps of its head."
+        return inputs._replace(q=_pair_queries(inputs.q), mask=_mask_pairs(inputs.mask))
+
+    def combines(self, heads: Tensor) -> Tensor: # (batch, n_heads, queries, anything), of twice as many heads
+        "What the first map of each head brings, less lambda times what the second does."
+        first, second = heads.unflatten(1, (-1, 2)).unbind(2)
+        return first - self.subtracted().to(first.dtype) * second
+
+# %% ../../nbs/25_attention.variants.ipynb #29a73880
+class DifferentialAttention(_TwoMaps):
     "Two maps for each head, one subtracted from the other (Ye et al., 2024, <https://arxiv.org/abs/2410.05258>)."
     def __init__(
         self,
@@ -109,20 +130,6 @@ class DifferentialAttention(Attention):
         self.lambda_q = nn.Parameter(0.1 * torch.randn(2, half))
         self.lambda_k = nn.Parameter(0.1 * torch.randn(2, half))
         self.head_norm = nn.RMSNorm(self.head_dim, eps=1e-5) if head_norm else None
-
-    def subtracted(self) -> Tensor: # a single number
-        "Lambda: how much of the second map is taken off."
-        first, second = (self.lambda_q * self.lambda_k).sum(-1).exp()
-        return first - second + self.lambda_init
-
-    def asks(self, inputs: AttentionInputs) -> AttentionInputs:
-        "Each query twice, for the two maps of its head."
-        return inputs._replace(q=_pair_queries(inputs.q), mask=_mask_pairs(inputs.mask))
-
-    def combines(self, heads: Tensor) -> Tensor: # (batch, n_heads, queries, anything), of twice as many heads
-        "What the first map of each head brings, less lambda times what the second does."
-        first, second = heads.unflatten(1, (-1, 2)).unbind(2)
-        return first - self.subtracted().to(first.dtype) * second
 
     def forward(
         self,

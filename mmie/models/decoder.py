@@ -574,7 +574,10 @@ def _read_config(path: Path) -> ModelConfig:
         raise InputError(f"this config belongs to {whose}", where=str(path), fix=fix)
     if record.get("version") != 1:
         raise InputError(f"unknown format version {record.get('version')}", where=str(path), fix="it's from a newer mmie: update")
-    return ModelConfig(**record["model"])
+    fields = dict(record["model"])
+    if fields.get("positions", "rope") != "rope": # the first mmie kept one that did nothing
+        fields.pop("rope_theta", None)
+    return ModelConfig(**fields)
 
 # %% ../../nbs/32_models.decoder.ipynb #7ddd0902
 def _read_tensors(path: Path) -> dict[str, Tensor]:

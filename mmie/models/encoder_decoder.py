@@ -28,6 +28,7 @@ from typing_extensions import Self
 
 from ..attention.multihead import Attention, LayerCache, attention_maps
 from ..attention.positions import ALiBi, RotaryEmbedding, sinusoidal_table
+from ..attention.variants import DifferentialAttention
 from ..core import InputError, Settings, atomic_write, did_you_mean, resolve_device
 from .decoder import IGNORE, next_token_loss, padding_mask
 from .generation import generate
@@ -848,7 +849,7 @@ def maps_while(
     layers: Sequence[Attention], # whose maps to take
 ) -> list[Tensor]: # for each layer (batch, heads, queries, keys); rows sum to 1, or to 0 where nothing is seen
     "What attention layers look at while a model runs, recomputed from what each of them receives. Raises `InputError`."
-    if odd := [type(layer).__name__ for layer in layers if not isinstance(layer, Attention)]:
+    if odd := [type(layer).__name__ for layer in layers if not isinstance(layer, Attention) or isinstance(layer, DifferentialAttention)]:
         raise InputError(f"{odd[0]} has no attention maps", where="layers", fix="take the maps of Attention layers")
     seen: dict[Attention, Tensor] = {}
     def take(layer: nn.Module, args: tuple[Tensor, ...], options: Mapping[str, object]) -> None:
