@@ -73,6 +73,18 @@ class _Latents:
         return torch.arange(self.length, device=self.held.device)
 
 # %% ../../nbs/26_attention.latent.ipynb #2cf14f81
+def _check_latents(cache: _Latents, k: Tensor, v: Tensor) -> None:
+    "Refuse what is of another batch or layer (it might be broadcast), what would overflow, and gradients that would get lost."
+    rows, _, room, numbers = cache.held.shape
+    if (k.shape[0], k.shape[3] + v.shape[3]) != (rows, numbers):
+        raise InputError(f"latents of shape {tuple(k.shape)} don't fit a cache of {tuple(cache.held.shape)}", where="cache",
+                         fix="make it with the layer's new_cache, for this batch")
+    if cache.length + k.shape[2] > room:
+        raise InputError(f"{cache.length} + {k.shape[2]} positions don't fit a cache of {room}", fix="give it a larger max_length")
+    if k.requires_grad and torch.is_grad_enabled():
+        raise InputError("a cache carries no gradients", fix="use torch.inference_mode() or torch.no_grad(), or train without")
+
+# %% ../../nbs/26_attention.latent.ipynb #9f5ba7c8
 class LatentCache(_Latents):
     "A latent and a rotary key for every position so far, shared by all heads, in memory allocated once."
     __slots__ = ()
@@ -83,14 +95,8 @@ class LatentCache(_Latents):
         v: Tensor, # their rotary keys, (batch, 1, new, qk_rope_head_dim)
     ) -> tuple[Tensor, Tensor]: # all of them, as `contents` gives them
         "Write behind what is there. Raises `InputError` when full, for another batch, and where a gradient would get lost."
-        stop, room = self.length + k.shape[2], self.held.shape[2]
-        if (k.shape[0], k.shape[3] + v.shape[3]) != (self.held.shape[0], self.held.shape[3]): # they might be broadcast
-            raise InputError(f"latents of shape {tuple(k.shape)} don't fit a cache of {tuple(self.held.shape)}", where="cache",
-                             fix="make it with the layer's new_cache, for this batch")
-        if stop > room:
-            raise InputError(f"{self.length} + {k.shape[2]} positions don't fit a cache of {room}", fix="give it a larger max_length")
-        if k.requires_grad and torch.is_grad_enabled():
-            raise InputError("a cache carries no gradients", fix="use torch.inference_mode() or torch.no_grad(), or train without")
+        _check_latents(self, k, v)
+        stop = self.length + k.shape[2]
         new = self.held[:, :, self.length:stop]
         new[..., :self.rank], new[..., self.rank:] = k, v
         self.length = stop

@@ -368,8 +368,7 @@ class _Memory:
     ) -> None:
         with torch.inference_mode(False): # so that it can be filled inside of inference mode and outside
             self.k = torch.zeros(batch, n_kv_heads, max_length, head_dim, dtype=dtype, device=device)
-            self.v = torch.zeros_like(self.k)
-        self.length = 0
+            self.v, self.length = torch.zeros_like(self.k), 0
 
     @property
     def bytes(self) -> int: # 2 · batch · n_kv_heads · max_length · head_dim · bytes of a number
@@ -406,6 +405,7 @@ def _check_fit(cache: _Memory, k: Tensor) -> None:
     if (held[0], held[1], held[3]) != (new[0], new[1], new[3]):
         raise InputError(f"keys of shape {tuple(new)} don't fit a cache of {tuple(held)}", where="cache",
                          fix="make it with the layer's new_cache, for this batch")
+    _check_gradient(k)
 
 def _check_room(cache: _Memory, new: int) -> None:
     "Refuse what would overflow."
@@ -443,7 +443,6 @@ class KVCache(_Memory):
         "Write behind what is there. Raises `InputError` when full, and where a gradient would get lost."
         _check_fit(self, k)
         _check_room(self, k.shape[2])
-        _check_gradient(k)
         _write(self, k, v, self.length)
         self.length += k.shape[2]
         return self.contents()
@@ -513,7 +512,6 @@ class WindowCache(_Memory):
     ) -> tuple[Tensor, Tensor]: # sinks, what the window held, and these; in order if there are several new ones
         "Take them in, and forget what no later query sees. Raises `InputError` where a gradient would get lost."
         _check_fit(self, k)
-        _check_gradient(k)
         start, new = self.length, k.shape[2]
         self.length, self._seen = start + new, None
         if new > 1 and self.length > self.k.shape[2]: return _append_piece(self, k, v, start)

@@ -86,7 +86,7 @@ def _mask_pairs(mask: Tensor | Visibility | None) -> Tensor | Visibility | None:
     "Who may look, for paired queries. The masks of chapter 21 know no heads."
     if isinstance(mask, Tensor):
         return _twice(mask)
-    return _Twice(mask) if hasattr(mask, "spans") and not isinstance(mask, Mask) else mask
+    return mask if mask is None or isinstance(mask, Mask) or not hasattr(mask, "spans") else _Twice(mask)
 
 # %% ../../nbs/25_attention.variants.ipynb #f809e178
 class _TwoMaps(Attention):
