@@ -489,10 +489,9 @@ class EncoderDecoderLM(Seq2SeqTrunk):
         config: EncoderDecoderConfig, # its shape
     ) -> None:
         super().__init__(config)
-        c = config
-        self.head = None if c.tie_embeddings else nn.Linear(c.d_model, c.vocab_size, bias=False)
-        self.register_buffer("logits_bias", torch.zeros(c.vocab_size) if c.logits_bias else None)
-        init_stack(c, (self.entrance.places, self.head), self.blocks)
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.register_buffer("logits_bias", torch.zeros(config.vocab_size) if config.logits_bias else None)
+        init_stack(config, (self.entrance.places, self.head), self.blocks)
 
     def decode(
         self,
@@ -503,10 +502,8 @@ class EncoderDecoderLM(Seq2SeqTrunk):
         last_only: bool = False, # logits of the last position only
     ) -> Tensor: # (batch, length or 1, vocab)
         "Logits for the token after each position."
-        x = self.features(ids, source, cache, padding)
-        x = x[:, -1:] if last_only else x
-        if self.config.scale_logits:
-            x = x / math.sqrt(self.config.d_model)
+        x = self.features(ids, source, cache, padding)[:, -1 if last_only else 0:]
+        x = x / math.sqrt(self.config.d_model) if self.config.scale_logits else x
         logits = F.linear(x, self.encoder.embedding.weight) if self.head is None else self.head(x)
         return logits if self.logits_bias is None else logits + self.logits_bias
 

@@ -286,6 +286,7 @@ class _Rules:
     processors: tuple[LogitProcessor, ...] # have a say before the knobs
     stop: Callable[[Sequence[int]], bool] | None # whether a row's new tokens end it
 
+# %% ../../nbs/31_models.generation.ipynb #fb02bea2
 def _steps(
     model: CausalLM, # in inference mode
     ids: Tensor, # (batch, longest prompt)

@@ -630,6 +630,16 @@ def _hf_inputs(
     places = torch.arange(start + ids.shape[1], device=ids.device) - padding[:, None]
     return inputs | {"attention_mask": (places >= 0).long(), "position_ids": places[:, start:].clamp(min=0)}
 
+def _accepted(model: "PreTrainedModel") -> frozenset[str]: # names of options
+    "What a model can be told. Raises `InputError` for one that can't be generated from step by step."
+    speaks = getattr(model, "get_output_embeddings", lambda: None)() is not None
+    if not speaks or model.config.is_encoder_decoder:
+        raise InputError(f"{type(model).__name__} gives no logits for a next token", fix="use AutoModelForCausalLM.from_pretrained")
+    accepts = frozenset(inspect.signature(model.forward).parameters)
+    if "past_key_values" not in accepts:
+        raise InputError(f"{type(model).__name__} has no cache of keys and values to go on from", fix="use its own generate")
+    return accepts
+
 # %% ../../nbs/34_models.pretrained.ipynb #1968c2b9
 class HFCausalLM(nn.Module):
     "Any causal language model of transformers as a `CausalLM` to generate from."
@@ -638,13 +648,7 @@ class HFCausalLM(nn.Module):
         model: "PreTrainedModel", # with a language-model head
     ) -> None:
         super().__init__()
-        speaks = getattr(model, "get_output_embeddings", lambda: None)() is not None
-        if not speaks or model.config.is_encoder_decoder:
-            raise InputError(f"{type(model).__name__} gives no logits for a next token", fix="use AutoModelForCausalLM.from_pretrained")
-        self.model = model
-        self._accepts = frozenset(inspect.signature(model.forward).parameters)
-        if "past_key_values" not in self._accepts:
-            raise InputError(f"{type(model).__name__} has no cache of keys and values to go on from", fix="use its own generate")
+        self.model, self._accepts = model, _accepted(model)
         self.max_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
