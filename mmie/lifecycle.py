@@ -541,7 +541,7 @@ def export_pair(
     def work(folder: Path) -> Made:
         decoder, words = load_pair(model)
         if (Path(model) / "quantized.json").exists():
-            raise InputError("a quantized model has no form that transformers knows", where=str(model), fix="export the one it was made from")
+            raise InputError("transformers has no such quantized model", where=str(model), fix="export the one it was made from")
         template = ChatTemplate()
         ends = [words.special_tokens[name] for name in (EOS, template.end) if name in words.special_tokens]
         decoder.save_hf(folder, words, chat_template=jinja_template(template), eos_id=ends)

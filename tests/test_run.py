@@ -11,6 +11,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 STAGES = ["corpus", "tokenizer", "baselines", "pretrain", "finetune", "quantize", "exam"]
@@ -141,6 +142,18 @@ def test_each_stage_alone_gives_what_the_run_gave(mmie: Run, notes: Path, finish
     for words in (["generate", "--model", tmp_path / "pretrain", "The", "--max-new-tokens", 5], ["generate", "--model", tmp_path / "quantize", "--ask", "What does len do?"]):
         first, second = mmie(*words), mmie(*words)
         assert first.returncode == 0 and first.stdout == second.stdout
+
+
+def test_transformers_reads_the_exported_model(mmie: Run, finished: Path, tmp_path: Path) -> None:
+    out, question = tmp_path / "hf", "What does len do?"
+    assert mmie("export", "--model", finished / "finetune", "--out", out).returncode == 0
+    ours = mmie("generate", "--model", finished / "finetune", "--ask", question, "--max-new-tokens", 12)
+    model, tok = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    ids = tok.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    written = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1]:]
+    assert tok.decode(written, skip_special_tokens=True).strip() == ours.stdout.strip()
+    refused = mmie("export", "--model", finished / "quantize", "--out", tmp_path / "q")
+    assert refused.returncode == 2 and "quantized" in refused.stderr
 
 
 def test_a_report_of_an_unfinished_run(mmie: Run, finished: Path, tmp_path: Path) -> None:

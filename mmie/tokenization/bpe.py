@@ -15,13 +15,14 @@ import os
 import pickle
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ..core import InputError
-from .base import FORKS, AllowedSpecial, BaseTokenizer, Vocabulary, _listed, _several, checked_text, map_in_processes
+from .base import FORKS, AllowedSpecial, BaseTokenizer, Vocabulary, _listed, _several, checked_text, worker_pool
 from .cache import LRUCache
 from .merges import learn_merges
 from mmie.tokenization.splitting import (
@@ -517,7 +518,7 @@ def _encode_share(
     call: int, # its number
     pickled: bytes, # the tokenizer; nothing where workers are forked
     share: _Share, # what to encode
-) -> tuple[list[int], np.ndarray, list[int]]: # numbers of the texts; the ids of all parts in a row; where each part ends
+) -> tuple[np.ndarray, list[int]]: # the ids of all parts in a row; where each part ends
     "What a worker does."
     tokenizer, texts = _AT_HAND[call] if share.parts is None else (_revive(pickled), [])
     places = zip(share.owners, share.spans, strict=True)
@@ -527,7 +528,26 @@ def _encode_share(
         rows[number].append(ids)
     ends = np.cumsum([sum(map(len, row)) for row in rows]).tolist()
     joined = np.concatenate([ids for row in rows for ids in row])
-    return share.owners, joined.astype(np.uint16) if tokenizer.vocab_size <= 1 << 16 else joined, ends
+    return joined.astype(np.uint16) if tokenizer.vocab_size <= 1 << 16 else joined, ends
+
+def _work(
+    shares: Sequence[_Share], # all of them
+    encode: Callable[[_Share], tuple[np.ndarray, list[int]]], # `_encode_share`, for a worker or for this process
+    workers: int, # processes, this one included
+) -> list[tuple[np.ndarray, list[int]]]: # in order
+    "Workers take shares from the front, and this process from the back, until they meet."
+    first, last = 0, len(shares)
+    given: list[Future[tuple[np.ndarray, list[int]]]] = []
+    own: list[tuple[np.ndarray, list[int]]] = []
+    with worker_pool(workers - 1) as pool:
+        while first < last:
+            if sum(not future.done() for future in given[-2 * workers:]) < 2 * (workers - 1):
+                given.append(pool.submit(encode, shares[first]))
+                first += 1
+            else:
+                last -= 1
+                own.append(encode(shares[last]))
+        return [future.result() for future in given] + own[::-1]
 
 def _in_processes(
     tokenizer: _InPieces, # a BPETokenizer
@@ -539,9 +559,10 @@ def _in_processes(
     call = next(_CALLS)
     _AT_HAND[call] = tokenizer, texts
     try:
-        encode_share = functools.partial(_encode_share, call, b"" if FORKS else pickle.dumps(tokenizer))
-        for owners, ids, ends in map_in_processes(encode_share, _shares(texts, pattern), workers):
-            yield from zip(owners, np.split(ids, ends[:-1]), strict=True)
+        shares = list(_shares(texts, pattern))
+        encode = functools.partial(_encode_share, call, b"" if FORKS else pickle.dumps(tokenizer))
+        for share, (ids, ends) in zip(shares, _work(shares, encode, workers), strict=True):
+            yield from zip(share.owners, np.split(ids, ends[:-1]), strict=True)
     finally:
         del _AT_HAND[call]
 
