@@ -24,6 +24,9 @@ test: $(DEV) ## Every check: notebooks, style, types, tests
 
 bench: $(DEV) ## Speed beside the programs that people use instead (some minutes, on a quiet machine)
 	mmie bench tokenizer
+	mmie bench attention
+	mmie bench decode
+	mmie bench train-step
 
 lab: $(DEV) ## Open JupyterLab on the book
 	jupyter lab --notebook-dir nbs
