@@ -539,9 +539,9 @@ def export_pair(
 ) -> Finished:
     "Write a copy for transformers. Raises `InputError` for a quantized model, or if transformers isn't installed."
     def work(folder: Path) -> Made:
-        decoder, words = load_pair(model)
         if (Path(model) / "quantized.json").exists():
             raise InputError("transformers has no such quantized model", where=str(model), fix="export the one it was made from")
+        decoder, words = load_pair(model)
         template = ChatTemplate()
         ends = [words.special_tokens[name] for name in (EOS, template.end) if name in words.special_tokens]
         decoder.save_hf(folder, words, chat_template=jinja_template(template), eos_id=ends)

@@ -30,7 +30,7 @@ from ..attention.multihead import Attention, LayerCache, attention_maps
 from ..attention.positions import ALiBi, RotaryEmbedding, sinusoidal_table
 from ..attention.variants import DifferentialAttention
 from ..core import InputError, Settings, atomic_write, did_you_mean, resolve_device
-from .decoder import IGNORE, next_token_loss, padding_mask
+from .decoder import IGNORE, DecoderCache, next_token_loss, padding_mask
 from .generation import generate
 from .layers import MLP, Block, MlpKind, NormKind, default_hidden, init_linear, make_mlp, make_norm
 
@@ -388,7 +388,7 @@ class EncodedSource:
         return EncodedSource(self.states[rows], None if self.mask is None else self.mask[rows])
 
 # %% ../../nbs/33_models.encoder_decoder.ipynb #c348dfc1
-class Seq2SeqCache:
+class Seq2SeqCache(DecoderCache):
     "Keys and values of every layer: of the target so far, and of the source, asked once."
     def __init__(
         self,
@@ -396,17 +396,8 @@ class Seq2SeqCache:
         cross: list[LayerCache], # of the source
         source: EncodedSource, # what the cross caches are filled from
     ) -> None:
+        super().__init__([*own, *cross])
         self.own, self.cross, self.source = own, cross, source
-
-    @property
-    def length(self) -> int: # positions
-        "Target tokens fed so far, padding included."
-        return self.own[0].length
-
-    @property
-    def bytes(self) -> int: # of keys and values
-        "Memory held, full or not."
-        return sum(layer.bytes for layer in (*self.own, *self.cross))
 
     def select(
         self,
@@ -414,8 +405,7 @@ class Seq2SeqCache:
     ) -> None:
         "Go on with these rows, in this order."
         self.source = self.source.rows(rows)
-        for layer in (*self.own, *self.cross):
-            layer.select(rows)
+        super().select(rows)
 
     def reorder(
         self,
@@ -423,8 +413,7 @@ class Seq2SeqCache:
     ) -> None:
         "Rearrange the rows in place, as beam search does."
         self.source = self.source.rows(rows)
-        for layer in (*self.own, *self.cross):
-            layer.reorder(rows)
+        super().reorder(rows)
 
     def truncate(
         self,
