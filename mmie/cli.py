@@ -289,6 +289,12 @@ def _generate(
     top_p: Annotated[
         float | None, typer.Option(min=0, max=1, help="Draw among the fewest tokens that hold this share."),
     ] = None, # share to draw among
+    min_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Draw among the tokens with at least this fraction of the best one's probability."),
+    ] = None, # fraction of the best
+    repetition_penalty: Annotated[
+        float, typer.Option(min=1, help="Above 1: what the text already has becomes less likely."),
+    ] = 1.0, # 1 is none
     seed: _Seed = None, # of all randomness
 ) -> None:
     "Let a model write."
@@ -300,8 +306,8 @@ def _generate(
     ids = template.prompt(words, text) if ask else [words.special_tokens[EOS], *words.encode(text)]
     stop = {words.special_tokens[EOS], words.special_tokens[template.end]}
     length = max_new_tokens or max(1, min(100, decoder.max_length - len(ids)))
-    new = generate_stream(decoder, ids, length, temperature=0 if ask else temperature, top_k=top_k, top_p=top_p,
-                          seed=seed or 0, eos_id=stop)
+    new = generate_stream(decoder, ids, length, temperature=0 if ask else temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                          repetition_penalty=repetition_penalty, seed=seed or 0, eos_id=stop)
     for piece in stream_text(new, words):
         typer.echo(piece, nl=False)
     typer.echo()
