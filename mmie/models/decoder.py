@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AttentionKind', 'PRESETS', 'IGNORE', 'AttentionConfig', 'ModelConfig', 'count_parameters', 'DecoderCache',
-           'padding_mask', 'DecoderTrunk', 'RemembersPositions', 'make_cache', 'DecoderLM', 'init_decoder', 'is_plain',
-           'OneToken', 'next_token_loss', 'decoder_tensors', 'save_decoder', 'load_decoder']
+           'padding_mask', 'document_mask', 'DecoderTrunk', 'RemembersPositions', 'make_cache', 'DecoderLM',
+           'init_decoder', 'is_plain', 'OneToken', 'next_token_loss', 'decoder_tensors', 'save_decoder', 'load_decoder']
 
 # %% ../../nbs/32_models.decoder.ipynb #90a424df
 import importlib
@@ -27,6 +27,7 @@ from typing_extensions import Self
 from ..attention.dot_product import attention
 from ..attention.latent import LatentAttention
 from ..attention.linear import LinearAttention
+from ..attention.masks import Mask, document
 from ..attention.multihead import Attention, LayerCache
 from ..attention.positions import ALiBi, LearnedPositions, RopeScaling, RotaryEmbedding, sinusoidal_table
 from ..attention.variants import DifferentialAttention, initial_lambda
@@ -269,6 +270,19 @@ def padding_mask(
     mask = (places >= padding[:, None])[:, None, None]
     return mask, (places[start:] - padding[:, None]).clamp(min=0)
 
+# %% ../../nbs/32_models.decoder.ipynb #c02a907a
+def document_mask(
+    documents: Tensor, # (batch, length) long: which text each position belongs to; negative for filler
+) -> tuple[Mask | Tensor, Tensor]: # who may look, a rule or (batch, 1, length, length); position ids (batch, length)
+    "Keep the texts of a packed row apart, and count positions from the start of each."
+    places = torch.arange(documents.shape[1], device=documents.device)
+    first = torch.ones_like(documents, dtype=torch.bool)
+    first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    position_ids = places - (places * first).cummax(1).values
+    if documents.device.type == "cpu" and not torch.compiler.is_compiling():
+        return document(documents), position_ids
+    return ((documents[:, :, None] == documents[:, None]) & (documents[:, None] >= 0))[:, None], position_ids
+
 # %% ../../nbs/32_models.decoder.ipynb #89492bd4
 def _attention(config: ModelConfig, positions: nn.Module | None, n: int) -> nn.Module:
     "The attention of block number n, as the config wants it."
@@ -334,6 +348,29 @@ def _entrance(trunk: "DecoderTrunk", ids: Tensor, start: int, places: Tensor | N
     return x + trunk.position_embedding(own).to(x.dtype)
 
 # %% ../../nbs/32_models.decoder.ipynb #20460ecf
+def _who_looks(
+    trunk: "DecoderTrunk", ids: Tensor, cache: DecoderCache | None, padding: Tensor | None, documents: Tensor | None,
+) -> tuple[Mask | Tensor | None, Tensor | None]:
+    "Mask and position ids of a call; nothing where a row is one text from its first column on. Raises `InputError` for what can't be."
+    if padding is None and documents is None:
+        return None, None
+    if trunk.config.sinks:
+        raise InputError("with several texts in a row, or filler before one, the sinks would be the wrong words",
+                         where="documents" if padding is None else "padding", fix="feed them one by one")
+    if documents is None:
+        return padding_mask(cast(Tensor, padding), 0 if cache is None else cache.length, ids.shape[1])
+    if padding is not None or cache is not None:
+        raise InputError("packed rows are for training: they can't have padding or a cache", where="documents",
+                         fix="leave those out, or feed each text in a row of its own")
+    if documents.shape != ids.shape or documents.is_floating_point():
+        raise InputError(f"documents are {documents.dtype} of shape {tuple(documents.shape)}", where="documents",
+                         fix=f"give a whole number for each id, {tuple(ids.shape)}")
+    if trunk.config.attention in ("linear", "retention"):
+        raise InputError(f"{trunk.config.attention} attention sums up the whole row, all its texts", where="documents",
+                         fix="feed each text in a row of its own, or use another attention")
+    return document_mask(documents)
+
+# %% ../../nbs/32_models.decoder.ipynb #3ca90a8a
 class DecoderTrunk(nn.Module):
     "Embeddings, blocks and the last norm: from token ids to features."
     def __init__(
@@ -356,13 +393,12 @@ class DecoderTrunk(nn.Module):
         ids: Tensor, # (batch, length) long
         cache: DecoderCache | None = None, # extended by this call
         padding: Tensor | None = None, # (batch,) filler tokens at the left of each row
+        documents: Tensor | None = None, # (batch, length) long: which text each position belongs to, where a row holds several
     ) -> Tensor: # (batch, length, d_model)
-        "What the model thinks at each position. Raises `InputError` for ids that don't fit."
+        "What the model thinks at each position. Raises `InputError` for ids, padding or documents that don't fit."
         start = 0 if cache is None else cache.length
         _check_ids(ids, start, self.config)
-        if padding is not None and self.config.sinks:
-            raise InputError("in rows of different lengths the sinks would be filler", where="padding", fix="feed them one by one")
-        mask, places = (None, None) if padding is None else padding_mask(padding, start, ids.shape[1])
+        mask, places = _who_looks(self, ids, cache, padding, documents)
         x = _entrance(self, ids, start, places)
         for i, block in enumerate(self.blocks):
             x = block(x, mask=mask, cache=None if cache is None else cache.layers[i], position_ids=places)
@@ -468,12 +504,14 @@ class DecoderLM(DecoderTrunk):
         cache: DecoderCache | None = None, # from `new_cache`; extended by this call
         padding: Tensor | None = None, # (batch,) filler tokens at the left of each row
         last_only: bool = False, # logits of the last position only
+        documents: Tensor | None = None, # (batch, length) long: which text each position belongs to, where a row holds several
     ) -> Tensor: # (batch, length or 1, vocab)
-        "Logits for the token after each position."
-        if cache is not None and cache.quick is not None and padding is None and ids.shape[1:] == (1,) and _only_reading():
+        "Logits for the token after each position. Raises `InputError` for ids, padding or documents that don't fit."
+        told = padding is not None or documents is not None
+        if cache is not None and cache.quick is not None and not told and ids.shape[1:] == (1,) and _only_reading():
             _check_ids(ids, cache.length, self.config)
             return cache.quick(ids)
-        x = self.features(ids, cache, padding)
+        x = self.features(ids, cache, padding, documents)
         return self.logits(x[:, -1:] if last_only else x)
 
     def new_cache(
