@@ -94,6 +94,7 @@ def _unpack(
 # %% ../../nbs/42_training.checkpoint.ipynb #af9c6bf0
 _NAME = re.compile(r"step-(\d{9})(?:-(\d+))?") # step, and attempt when a step was saved again
 _FORMAT = 1
+_FILES = ("tensors.safetensors", "state.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,13 @@ def _digest(
             sha.update(piece)
     return sha.hexdigest()
 
+
+def _seal(
+    manifest: dict, # without its seal
+) -> str: # hexadecimal
+    "SHA-256 of what a manifest says."
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
 # %% ../../nbs/42_training.checkpoint.ipynb #afbc60d3
 def _write_files(
     folder: Path, # exists and is empty; no one looks here yet
@@ -137,24 +145,32 @@ def _write_files(
 ) -> None:
     "Tensors, tree and manifest, all flushed to the disk."
     tensors: dict[str, Tensor] = {}
-    tree = json.dumps(_pack(state, tensors, {}), ensure_ascii=False, allow_nan=False)
+    tree = json.dumps(_pack(state, tensors, {}), allow_nan=False)
     safetensors.torch.save_file(tensors, folder / "tensors.safetensors")
     with (folder / "tensors.safetensors").open("rb+") as file:
         os.fsync(file.fileno())
     atomic_write(folder / "state.json", tree)
-    paths = [folder / "tensors.safetensors", folder / "state.json"]
+    paths = [folder / name for name in _FILES]
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in paths}
     manifest = {"format": _FORMAT, "step": step, "metric": metric, "files": files}
-    atomic_write(folder / "manifest.json", json.dumps(manifest, indent=1))
+    atomic_write(folder / "manifest.json", json.dumps(manifest | {"seal": _seal(manifest)}, indent=1))
     _sync_folder(folder)
 
 # %% ../../nbs/42_training.checkpoint.ipynb #3ec8dd2e
+def _place(
+    path: Path, # anything in a run's folder
+) -> tuple[int, int]: # step and attempt; (-1, 0) for what is no checkpoint
+    "What a name says."
+    match = _NAME.fullmatch(path.name)
+    return (int(match[1]), int(match[2] or 1)) if match else (-1, 0)
+
+
 def _candidates(
     folder: Path, # of a run
 ) -> list[Path]: # newest first, whole or not
     "Everything that is named like a checkpoint."
-    found = [(int(m[1]), int(m[2] or 1), p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))] if folder.is_dir() else []
-    return [p for *_, p in sorted(found, reverse=True)]
+    found = [path for path in folder.iterdir() if _place(path)[1]] if folder.is_dir() else []
+    return sorted(found, key=_place, reverse=True)
 
 
 def _free_name(
@@ -162,9 +178,8 @@ def _free_name(
     step: int, # to be saved
 ) -> Path: # does not exist yet
     "The name for a new checkpoint: a second attempt at a step gets a number of its own."
-    attempts = [int(m[2] or 1) for p in _candidates(folder) if (m := _NAME.fullmatch(p.name)) and int(m[1]) == step]
-    name = f"step-{step:09d}"
-    return folder / (f"{name}-{max(attempts) + 1}" if attempts else name)
+    last = max((attempt for at, attempt in map(_place, _candidates(folder)) if at == step), default=0)
+    return folder / f"step-{step:09d}{f'-{last + 1}' if last else ''}"
 
 # %% ../../nbs/42_training.checkpoint.ipynb #f8a15feb
 def save_checkpoint(
@@ -179,42 +194,80 @@ def save_checkpoint(
 
     Raises InputError when the state holds something that cannot be stored, or the disk refuses; the older checkpoints stay."""
     folder = Path(folder)
-    target, temporary = _free_name(folder, step), folder / f".saving-{uuid.uuid4().hex[:8]}"
+    temporary = folder / f".saving-{uuid.uuid4().hex[:8]}"
+    if not 0 <= step < 10**9:
+        raise InputError(f"{step} is no number of a step", where="step", fix="use 0 to 999999999")
     try:
-        for left in [*folder.glob(".saving-*"), *folder.glob(".removed-*")]: # of a process that was killed
-            shutil.rmtree(left)
+        _remove([*folder.glob(".saving-*"), *folder.glob(".removed-*")]) # left by processes that were killed
         temporary.mkdir(parents=True)
         _write_files(temporary, state, step, metric if metric is not None and math.isfinite(metric) else None)
-        temporary.rename(target)
+        target = temporary.rename(_free_name(folder, step))
         _sync_folder(folder)
-        _prune(folder, max(1, keep_last), step)
     except (OSError, SafetensorError) as error:
-        good = latest_checkpoint(folder)
-        kept = f"the last good checkpoint is {good.name}" if good else "there is no earlier checkpoint"
-        what = f"cannot save the checkpoint of step {step}: {getattr(error, 'strerror', None) or error}"
-        raise InputError(what, where=str(folder), fix=f"make room or choose another folder; {kept}") from error
+        raise _cannot_save(folder, step, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    _prune(folder, max(1, keep_last), step)
     return target
 
 # %% ../../nbs/42_training.checkpoint.ipynb #17221414
-def checkpoint_info(
-    path: str | Path, # a checkpoint's folder
-) -> CheckpointInfo:
-    "Check a checkpoint against its manifest. Raises InputError saying what is damaged."
-    path = Path(path)
+def _cannot_save(
+    folder: Path, # of a run
+    step: int, # that could not be saved
+    error: Exception, # what the disk said
+) -> InputError: # to be raised
+    "What happened, and what is still good."
+    good = latest_checkpoint(folder)
+    kept = f"the last good checkpoint is {good.name}" if good else "there is no earlier checkpoint"
+    what = f"cannot save the checkpoint of step {step}: {getattr(error, 'strerror', None) or error}"
+    return InputError(what, where=str(folder), fix=f"make room or choose another folder; {kept}")
+
+
+def _remove(
+    paths: Sequence[Path], # folders nobody needs any more
+) -> None:
+    "Remove folders; one that will not go is named in the log, for it is no reason to end a run."
+    for path in paths:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            _log.warning("cannot remove %s: %s", path, error.strerror or error)
+
+# %% ../../nbs/42_training.checkpoint.ipynb #b03bec32
+def _read_manifest(
+    path: Path, # a checkpoint's folder
+) -> dict: # step, metric, files with their sizes and hashes
+    "What can be checked without reading the large files: the seal, the names, the sizes. Raises InputError."
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] > _FORMAT:
             raise InputError(f"the checkpoint has format {manifest['format']}, newer than {_FORMAT}", where=str(path), fix="update mmie")
-        for name, written in manifest["files"].items():
-            if (path / name).stat().st_size != written["bytes"] or _digest(path / name) != written["sha256"]:
-                raise InputError(f"{name} is damaged: it is not what was written", where=str(path), fix="use an older checkpoint")
-        return CheckpointInfo(path, manifest["step"], manifest["metric"], sum(f["bytes"] for f in manifest["files"].values()))
+        if manifest.pop("seal") != _seal(manifest):
+            raise InputError("manifest.json is damaged: it is not what was written", where=str(path), fix="use an older checkpoint")
+        sizes = {name: (path / name).stat().st_size for name in _FILES}
+        if sizes != {name: entry["bytes"] for name, entry in manifest["files"].items()}:
+            raise InputError(f"the files are not as long as they were: {sizes}", where=str(path), fix="use an older checkpoint")
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"not a whole checkpoint: {error}", where=str(path), fix="use an older checkpoint") from error
+    return manifest
+
+# %% ../../nbs/42_training.checkpoint.ipynb #f782672d
+def checkpoint_info(
+    path: str | Path, # a checkpoint's folder
+) -> CheckpointInfo:
+    "Check a checkpoint against its manifest, bit by bit. Raises InputError saying what is damaged."
+    path = Path(path)
+    manifest = _read_manifest(path)
+    for name, written in manifest["files"].items():
+        try:
+            sound = _digest(path / name) == written["sha256"]
+        except OSError as error:
+            raise InputError(f"cannot read {name}: {error.strerror}", where=str(path), fix="use an older checkpoint") from error
+        if not sound:
+            raise InputError(f"{name} is damaged: it is not what was written", where=str(path), fix="use an older checkpoint")
+    return CheckpointInfo(path, manifest["step"], manifest["metric"], sum(entry["bytes"] for entry in manifest["files"].values()))
 
 # %% ../../nbs/42_training.checkpoint.ipynb #09b3fe80
 def _whole(
@@ -248,19 +301,25 @@ def load_checkpoint(
 ) -> dict[str, State]: # the tree that was saved, tensors on the CPU
     "Read a checkpoint after checking it. Raises InputError when it is damaged. Runs no code from the file."
     path = checkpoint_info(path).path
-    tree = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    return _unpack(tree, safetensors.torch.load_file(path / "tensors.safetensors")) # type: ignore[return-value]
+    try:
+        tree = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return _unpack(tree, safetensors.torch.load_file(path / "tensors.safetensors")) # type: ignore[return-value]
+    except (OSError, ValueError, LookupError, SafetensorError) as error:
+        raise InputError(f"cannot read the checkpoint: {error}", where=str(path), fix="use an older checkpoint") from error
 
 # %% ../../nbs/42_training.checkpoint.ipynb #abe80bb7
-def _manifest_metric(
-    path: Path, # a checkpoint's folder
-) -> float: # infinite without one
-    "The metric of a checkpoint, without reading its large files."
-    try:
-        metric = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["metric"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return math.inf
-    return metric if isinstance(metric, float | int) else math.inf
+def _standing(
+    folder: Path, # of a run
+) -> dict[Path, float]: # checkpoint → metric (infinite without one), newest first
+    "The checkpoints that look whole, without reading their large files."
+    found: dict[Path, float] = {}
+    for path in _candidates(folder):
+        try:
+            metric = _read_manifest(path)["metric"]
+        except InputError:
+            continue
+        found[path] = math.inf if metric is None else metric
+    return found
 
 
 def _prune(
@@ -268,13 +327,14 @@ def _prune(
     keep_last: int, # at least one
     step: int, # just saved
 ) -> None:
-    "Remove all but the newest steps and the best; of a step saved twice only the newer stays. Later steps are not touched."
-    newest: dict[str, Path] = {} # step → its newest attempt
-    for path in _candidates(folder):
-        newest.setdefault(path.name[:14], path)
-    order = [path for name, path in newest.items() if name <= f"step-{step:09d}"]
-    scored = [p for p in reversed(newest.values()) if _manifest_metric(p) < math.inf]
-    keep = {*order[:keep_last], *([min(scored, key=_manifest_metric)] if scored else [])}
-    for path in _candidates(folder):
-        if path not in keep and path.name[:14] <= f"step-{step:09d}":
-            shutil.rmtree(path.rename(folder / f".removed-{path.name}"))
+    "Remove all but the newest steps and the best; of a step saved twice the newer stays. Later steps are not touched."
+    standing = _standing(folder)
+    newest = {_place(path)[0]: path for path in reversed(standing)} # of several attempts the last one
+    keep = {newest[at] for at in sorted(at for at in newest if at <= step)[-keep_last:]}
+    scored = [path for path in sorted(standing, key=lambda p: (_place(p)[0], -_place(p)[1])) if standing[path] < math.inf]
+    keep.update([min(scored, key=standing.__getitem__)] if scored else []) # the first of equals
+    gone = [path for path in _candidates(folder) if path not in keep and _place(path)[0] <= step]
+    try:
+        _remove([path.rename(folder / f".removed-{path.name}") for path in gone])
+    except OSError as error:
+        _log.warning("cannot remove old checkpoints: %s", error.strerror or error)
