@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..attention.positions import RopeScaling
 from ..core import InputError, atomic_write, resolve_device
-from .decoder import DecoderLM, ModelConfig, decoder_tensors
+from .decoder import DecoderLM, ModelConfig, decoder_tensors, document_mask
 from .layers import default_hidden
 from ..tokenization.bpe import BPETokenizer
 
@@ -640,7 +640,21 @@ def _accepted(model: "PreTrainedModel") -> frozenset[str]: # names of options
         raise InputError(f"{type(model).__name__} has no cache of keys and values to go on from", fix="use its own generate")
     return accepts
 
-# %% ../../nbs/34_models.pretrained.ipynb #1968c2b9
+# %% ../../nbs/34_models.pretrained.ipynb #9153cc94
+def _keeps_apart(
+    model: "PreTrainedModel", # that takes positions
+) -> bool:
+    "Whether a packed text has no influence on the one behind it, to the last bit."
+    table = model.get_input_embeddings()
+    place = next(model.parameters()).device
+    with torch.random.fork_rng([place] if place.type == "cuda" else []), torch.inference_mode(False), torch.enable_grad():
+        words = table(torch.tensor([[0, 1, 2, 3]], device=place)).detach().clone().requires_grad_()
+        places = torch.tensor([[0, 1, 0, 1]], device=place)
+        logits: Tensor = model(inputs_embeds=words, position_ids=places, use_cache=False).logits
+        (influence,) = torch.autograd.grad(logits[:, 2:].square().sum(), words)
+    return not influence[:, :2].any()
+
+# %% ../../nbs/34_models.pretrained.ipynb #f311b31a
 class HFCausalLM(nn.Module):
     "Any causal language model of transformers as a `CausalLM` to generate from."
     def __init__(
@@ -649,6 +663,7 @@ class HFCausalLM(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self._accepts = model, _accepted(model)
+        self._apart: bool | None = None # whether it was seen to keep packed texts apart
         self.max_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
@@ -672,10 +687,23 @@ class HFCausalLM(nn.Module):
         cache: HFCache | None = None, # from `new_cache`; extended by this call
         padding: Tensor | None = None, # (batch,) filler tokens at the left of each row
         last_only: bool = False, # logits of the last position only
+        documents: Tensor | None = None, # (batch, length) long: which text each position belongs to, where a row holds several
     ) -> Tensor: # (batch, length or 1, vocab)
-        "Logits for the token after each position."
+        "Logits for the token after each position. Raises `InputError` for what the model can't be told."
         if padding is not None and "attention_mask" not in self._accepts:
             raise InputError(f"{type(self.model).__name__} can't be told what is filler", where="padding", fix="feed rows one by one")
         options = _hf_inputs(ids, cache, padding) | ({"logits_to_keep": 1} if last_only else {})
+        if documents is not None:
+            options |= self._separated(documents, alone=cache is None and padding is None)
         logits: Tensor = self.model(ids, **{name: value for name, value in options.items() if name in self._accepts}).logits
         return logits[:, -1:] if last_only else logits
+
+    def _separated(self, documents: Tensor, alone: bool) -> dict[str, object]:
+        if not alone:
+            raise InputError("packed rows are for training: they can't have padding or a cache", where="documents", fix="leave those out")
+        if self._apart is None:
+            self._apart = {"position_ids", "inputs_embeds"} <= self._accepts and _keeps_apart(self.model)
+        if not self._apart:
+            raise InputError(f"{type(self.model).__name__} can't keep several texts in a row apart", where="documents",
+                             fix="feed each text in a row of its own")
+        return {"position_ids": document_mask(documents)[1]}
