@@ -11,9 +11,10 @@ __all__ = ['AttentionKind', 'PRESETS', 'IGNORE', 'AttentionConfig', 'ModelConfig
 import importlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, cast
 
 import safetensors.torch
 import torch
@@ -31,7 +32,7 @@ from ..attention.masks import Mask, document
 from ..attention.multihead import Attention, LayerCache
 from ..attention.positions import ALiBi, LearnedPositions, RopeScaling, RotaryEmbedding, sinusoidal_table
 from ..attention.variants import DifferentialAttention, initial_lambda
-from ..core import InputError, Settings, atomic_write, did_you_mean, resolve_device
+from ..core import InputError, Settings, atomic_write, default_dtype, did_you_mean, resolve_device
 from .generation import generate as generate_tokens
 from .layers import GATED, MLP, Block, MixtureOfExperts, MlpKind, NormKind, RMSNorm, bend, default_hidden, init_block, make_mlp, make_norm
 
@@ -573,16 +574,63 @@ def is_plain(
     usual = all(getattr(config, name) == field.default for name, field in type(config).model_fields.items() if name not in _FREE)
     return usual and all(type(part) in kinds and not part._forward_hooks and not part._forward_pre_hooks for part in model.modules())
 
-def _projections(block: Block) -> list[nn.Linear | None]:
-    "Its matrices."
-    attention, mlp = cast(Attention, block.attention), cast(MLP, block.mlp)
-    return [attention.qkv_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-
 def _turned(weight: Tensor) -> Tensor:
     "One row per input, where that's the faster way to lie."
     return weight.t().contiguous() if weight.shape[0] >= weight.shape[1] else weight.t()
 
-# %% ../../nbs/32_models.decoder.ipynb #87b25ea3
+# %% ../../nbs/32_models.decoder.ipynb #f44b1b86
+class _Laid:
+    "A matrix with one row per input."
+    def __init__(self, weight: Tensor) -> None: # weight: (inputs, outputs)
+        self.weight = weight
+
+    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor: # x: (rows, inputs); plus: (rows, outputs), added
+        "The product."
+        return x.mm(self.weight) if plus is None else torch.addmm(plus, x, self.weight)
+
+class _Packed:
+    "A matrix as oneDNN wants it."
+    def __init__(self, weight: Tensor) -> None: # weight: (outputs, inputs)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 1)
+
+    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor: # x: (rows, inputs); plus: (rows, outputs), added
+        "The product."
+        if plus is None:
+            return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], ""))
+        return cast(Tensor, torch.ops.mkldnn._linear_pointwise.binary(x, plus, self.weight, None, "add"))
+
+# %% ../../nbs/32_models.decoder.ipynb #3fbd2c24
+_Product: TypeAlias = _Laid | _Packed
+
+def _can_pack() -> bool:
+    "Whether this PyTorch and this processor multiply packed bfloat16."
+    return default_dtype("cpu") is torch.bfloat16 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+def _copied(weight: Tensor) -> _Product: # weight: (outputs, inputs)
+    "The fastest to multiply by a few rows."
+    return _Packed(weight) if weight.dtype is torch.bfloat16 and _can_pack() else _Laid(_turned(weight))
+
+# %% ../../nbs/32_models.decoder.ipynb #d6f93025
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    "The products of one block."
+    qkv: _Product # queries, keys and values
+    out: _Product # behind the attention
+    inner: tuple[_Product, ...] # of the MLP: gate and the other half, or both in one, or only one
+    down: _Product # behind the MLP
+
+def _weights(
+    block: Block, # of a plain decoder
+    copies: bool, # whether to rearrange for speed
+) -> _Weights:
+    "Its matrices, as they are or as copies."
+    attention, mlp = cast(Attention, block.attention), cast(MLP, block.mlp)
+    inner = [part.weight for part in (mlp.gate_proj, mlp.up_proj) if part is not None]
+    lay: Callable[[Tensor], _Product] = _copied if copies else lambda weight: _Laid(weight.t())
+    inner = [torch.cat(inner)] if copies else inner
+    return _Weights(lay(attention.qkv_proj.weight), lay(attention.o_proj.weight), tuple(map(lay, inner)), lay(mlp.down_proj.weight))
+
+# %% ../../nbs/32_models.decoder.ipynb #f716a41d
 class OneToken:
     "The logits behind one more token, for a plain decoder: the same arithmetic, in fewer steps."
     def __init__(
@@ -592,16 +640,16 @@ class OneToken:
     ) -> None:
         self.model, self.layers, self.calls, self.gain = model, layers, 0, cast(RMSNorm, model.norm).weight
         self.eps = torch.full((1, 1, 1), model.config.norm_eps, dtype=torch.promote_types(self.gain.dtype, torch.float32))
-        self.take(Tensor.t)
+        self.take(copies=False)
 
     def take(
         self,
-        lay: Callable[[Tensor], Tensor], # how each matrix is to lie, one row per input
+        copies: bool, # whether to rearrange for speed
     ) -> None:
         "Collect the weights."
-        parts = [_projections(cast(Block, block)) for block in self.model.blocks]
-        self.weights = [[None if part is None else lay(part.weight) for part in row] for row in parts]
-        self.head = lay(self.model.embedding.weight if self.model.head is None else self.model.head.weight)
+        head = self.model.embedding.weight if self.model.head is None else self.model.head.weight
+        self.weights = [_weights(cast(Block, block), copies) for block in self.model.blocks]
+        self.head = _copied(head) if copies else _Laid(head.t())
 
     def __call__(
         self,
@@ -610,24 +658,29 @@ class OneToken:
         "Feed a token to each row. The cache takes it in."
         self.calls += 1
         if self.calls == _SEEMS_LONG and sum(p.numel() * p.element_size() for p in self.model.parameters()) <= 1 << 30:
-            self.take(_turned)
+            self.take(copies=True)
         start = self.layers[0].length
         x = _entrance(self.model, ids, start, None)[:, 0]
         for block, layer, weights in zip(self.model.blocks, self.layers, self.weights, strict=True):
             x = self._block(cast(Block, block), layer, weights, x, start)
-        return _normalized(x, self.gain, self.eps).mm(self.head)[:, None]
+        return self.head(_normalized(x, self.gain, self.eps))[:, None]
 
-    def _block(self, block: Block, layer: LayerCache, weights: list[Tensor | None], x: Tensor, start: int) -> Tensor:
-        attn, mlp, (qkv, out, gate, up, down) = cast(Attention, block.attention), cast(MLP, block.mlp), cast(list[Tensor], weights)
-        before, behind = cast(RMSNorm, block.attention_norm).weight, cast(RMSNorm, block.mlp_norm).weight
-        heads = _normalized(x, before, self.eps).mm(qkv).view(len(x), -1, 1, attn.head_dim)
+    def _block(self, block: Block, layer: LayerCache, weights: _Weights, x: Tensor, start: int) -> Tensor:
+        attn, before, behind = cast(Attention, block.attention), cast(RMSNorm, block.attention_norm), cast(RMSNorm, block.mlp_norm)
+        heads = weights.qkv(_normalized(x, before.weight, self.eps)).view(len(x), -1, 1, attn.head_dim)
         qk, v = heads.split((attn.n_heads + attn.n_kv_heads, attn.n_kv_heads), dim=1)
         q, k = cast(RotaryEmbedding, attn.positions)(qk, start).split((attn.n_heads, attn.n_kv_heads), dim=1)
         found = attention(q, *layer.append(k, v), backend=attn.backend)
-        x = torch.addmm(x, found.reshape(len(x), -1), out)
-        y = _normalized(x, behind, self.eps)
-        bent = bend(mlp.kind, y.mm(up)) if mlp.gate_proj is None else bend(mlp.kind, y.mm(gate)).mul_(y.mm(up))
-        return torch.addmm(x, bent, down)
+        x = weights.out(found.reshape(len(x), -1), x)
+        return weights.down(_bent(cast(MLP, block.mlp), weights.inner, _normalized(x, behind.weight, self.eps)), x)
+
+def _bent(mlp: MLP, inner: Sequence[_Product], y: Tensor) -> Tensor: # y: (rows, d_model); (rows, hidden)
+    "What happens inside an MLP."
+    parts = [product(y) for product in inner]
+    if mlp.gate_proj is None:
+        return bend(mlp.kind, parts[0])
+    gate, up = parts if len(parts) == 2 else parts[0].chunk(2, dim=-1)
+    return bend(mlp.kind, gate).mul_(up)
 
 _SEEMS_LONG = 8 # tokens after which turned copies pay
 
