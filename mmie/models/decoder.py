@@ -604,7 +604,8 @@ _Product: TypeAlias = _Laid | _Packed
 
 def _can_pack() -> bool:
     "Whether this PyTorch and this processor multiply packed bfloat16."
-    return default_dtype("cpu") is torch.bfloat16 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    offered = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return offered and default_dtype("cpu") is torch.bfloat16
 
 def _copied(weight: Tensor) -> _Product: # weight: (outputs, inputs)
     "The fastest to multiply by a few rows."
