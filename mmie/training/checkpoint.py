@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -44,7 +45,7 @@ def _pack(
     if isinstance(value, float):
         return value if math.isfinite(value) else {"$float": repr(value)}
     if isinstance(value, Tensor):
-        return {"$tensor": _number(value, tensors, seen)}
+        return {"$tensor": _number(_storable(value, where), tensors, seen)}
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str) or key.startswith("$"):
@@ -55,6 +56,17 @@ def _pack(
         return items if isinstance(value, list) else {"$tuple": items}
     fix = "use tensors, numbers, text, lists and dictionaries"
     raise InputError(f"a checkpoint cannot hold a {type(value).__name__}", where=where, fix=fix)
+
+# %% ../../nbs/42_training.checkpoint.ipynb #b4d049c0
+def _storable(
+    tensor: Tensor, # a leaf
+    where: str, # its place in the tree
+) -> Tensor: # the same
+    "Refuse what is no plain block of numbers. Raises InputError."
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.dtype == torch.complex128:
+        kind = "meta" if tensor.is_meta else f"{tensor.layout} {tensor.dtype}".replace("torch.", "")
+        raise InputError(f"a checkpoint cannot hold a {kind} tensor", where=where, fix="store dense numbers")
+    return tensor
 
 # %% ../../nbs/42_training.checkpoint.ipynb #5b34486d
 def _number(

@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['saved_bytes', 'activation_numbers', 'activation_bytes', 'MemoryCurve', 'memory_curve', 'curve_figure', 'TwoPartModel',
-           'chunked_next_token_sum']
+           'chunked_next_token_sum', 'StepCost', 'step_cost', 'pieces_figure', 'MemoryPlan', 'memory_plan',
+           'memory_figure', 'step_flops', 'product_speed', 'time_split', 'split_figure']
 
 # %% ../../nbs/49_training.costs.ipynb #13fbea71
+import contextlib
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 import torch
@@ -22,6 +25,7 @@ from ..measure import measure, tensor_bytes
 from ..models.decoder import IGNORE, ModelConfig, count_parameters, next_token_loss
 from ..models.layers import GATED, default_hidden
 from .data import Batch
+from .trainer import LossFunction, add_gradients, next_token_sum, recomputing
 
 # %% ../../nbs/49_training.costs.ipynb #b93ead11
 if TYPE_CHECKING:
@@ -30,10 +34,11 @@ if TYPE_CHECKING:
 # %% ../../nbs/49_training.costs.ipynb #13bd584b
 _Held = nn.Module | Tensor | Mapping[str, object] | Iterable[object]
 
-@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class _Kept:
     "What PyTorch holds in place of a tensor, so that we see when it lets go."
-    tensor: Tensor # the thing itself
+    __slots__ = ("__weakref__", "tensor")
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 def saved_bytes(
     fn: Callable[[], object], # a forward pass
@@ -122,13 +127,14 @@ def memory_curve(
     device: str = "cpu", # whose memory; "cuda" for a GPU's
 ) -> MemoryCurve: # exact
     "Every allocation and release, added up. Raises `InputError` if nothing was allocated there."
-    from torch.autograd import DeviceType
+    from torch._C._autograd import DeviceType
     from torch.profiler import profile
     os.environ.setdefault("KINETO_LOG_LEVEL", "6") # the profiler is talkative
     with profile(profile_memory=True) as film:
         fn()
     where = DeviceType.CUDA if device.startswith("cuda") else DeviceType.CPU
-    events = [e for e in film.profiler.kineto_results.events() if e.name() == "[memory]" and e.device_type() == where] # type: ignore[union-attr]
+    assert film.profiler is not None
+    events = [e for e in film.profiler.kineto_results.events() if e.name() == "[memory]" and e.device_type() == where]
     changes = sorted((e.start_ns(), n, e.nbytes()) for n, e in enumerate(events))
     if not changes:
         raise InputError(f"nothing was allocated on {device!r}", fix="name the device on which it runs")
@@ -143,8 +149,10 @@ def curve_figure(
     fig, ax = figure(width=7.5, height=3.2)
     for color, (name, curve) in zip(PALETTE, curves.items(), strict=False):
         share = [100 * t / curve.seconds[-1] for t in curve.seconds]
-        ax.plot(share, [n / 1e6 for n in curve.bytes], color=color, lw=1.6, drawstyle="steps-post", label=f"{name}, at most {curve.peak / 1e6:.3g} MB")
-    ax.set(xlabel="time, % of the step", ylabel="memory above the start, MB", ylim=(0, None))
+        label = f"{name}, at most {curve.peak / 1e6:.3g} MB"
+        ax.plot(share, [n / 1e6 for n in curve.bytes], color=color, lw=1.6, drawstyle="steps-post", label=label)
+    highest = max(curve.peak for curve in curves.values()) / 1e6
+    ax.set(xlabel="time, % of the step", ylabel="memory above the start, MB", ylim=(0, highest * (1.05 + 0.12 * len(curves))))
     ax.legend(loc="upper right")
     return fig
 
@@ -170,15 +178,16 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.promote_types(features.dtype, torch.float32), device=features.device)
         grads = [torch.zeros_like(weight) for weight in weights] if wanted else []
         below = torch.empty_like(features) if wanted else None
-        for part, target, at in zip(features.split(rows), targets.split(rows), range(0, len(features), rows), strict=True):
+        for at in range(0, len(features), rows):
+            part, target = features[at:at + rows].detach(), targets[at:at + rows]
             with torch.set_grad_enabled(wanted):
-                part = part.detach().requires_grad_(wanted)
+                part.requires_grad_(wanted)
                 loss = next_token_loss(write(part), target) * (target != IGNORE).sum()
             total += loss.detach()
             if below is not None:
                 below[at:at + rows], *found = torch.autograd.grad(loss, [part, *weights])
                 for grad, more in zip(grads, found, strict=True):
-                    grad += more
+                    grad.add_(more)
         if below is not None:
             ctx.save_for_backward(below, *grads)
         return total
@@ -220,3 +229,174 @@ def chunked_next_token_sum(
     weights = _writers_weights(model, features) if wanted else []
     total: Tensor = _ChunkedLoss.apply(features, batch.targets.flatten(), two.logits, rows, wanted, *weights)
     return total
+
+# %% ../../nbs/49_training.costs.ipynb #c4fcd20c
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    "What one training step needs."
+    pieces: int # into which the batch was cut
+    recompute: bool # whether layers were computed twice
+    peak: int # bytes above weights and optimizer, at the highest moment
+    seconds: float # the fastest of several
+
+def step_cost(
+    model: nn.Module, # trained a little by this
+    batch: Batch, # on the model's device
+    *,
+    pieces: int = 1, # to cut the batch into
+    recompute: bool = False, # compute layers twice rather than keep them
+    loss: LossFunction = next_token_sum, # summed over tokens
+    autocast: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext, # around the forward pass
+    repeats: int = 3, # steps; the fastest counts
+) -> StepCost:
+    "Memory and time of a step with AdamW. Raises `InputError` for more pieces than rows."
+    if not 1 <= pieces <= len(batch):
+        raise InputError(f"{len(batch)} rows can't be cut into {pieces} pieces", where="pieces", fix="use 1 up to the number of rows")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    def step() -> None:
+        add_gradients(model, batch.split(pieces), loss, autocast)
+        optimizer.step()
+        optimizer.zero_grad()
+    with recomputing(model) if recompute else contextlib.nullcontext():
+        step() # from here on the optimizer has its averages
+        peak = memory_curve(step, batch.inputs.device.type).peak
+        seconds = min(measure(step, repeats=repeats, warmup=0).seconds)
+    return StepCost(pieces, recompute, peak, seconds)
+
+# %% ../../nbs/49_training.costs.ipynb #aa3c5f93
+def pieces_figure(
+    costs: Sequence[StepCost], # any number of pieces, with and without computing twice
+) -> "Figure": # memory on the left, time on the right
+    "What cutting a batch and computing twice do to memory and time."
+    fig, (left, right) = figure(ncols=2, width=8.5, height=3)
+    for color, marker, recompute in zip(PALETTE, "os", (False, True), strict=False):
+        chosen = sorted((cost for cost in costs if cost.recompute == recompute), key=lambda cost: cost.pieces)
+        pieces, label = [cost.pieces for cost in chosen], "computed twice" if recompute else "kept"
+        left.plot(pieces, [cost.peak / 1e6 for cost in chosen], marker=marker, color=color, label=label)
+        right.plot(pieces, [cost.seconds * 1e3 for cost in chosen], marker=marker, color=color, label=label)
+    for ax, what in ((left, "memory at the peak, MB"), (right, "time, ms")):
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set(xlabel="pieces of a batch", ylabel=what, ylim=(0, None))
+    left.legend()
+    return fig
+
+# %% ../../nbs/49_training.costs.ipynb #d2b171a2
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    "What training will hold at its highest moment, in bytes."
+    weights: int # in float32
+    gradients: int # one for each weight
+    optimizer: int # AdamW's two averages
+    activations: int # kept for the backward pass, of one piece
+    passing: int # on top of them, for a moment
+
+    @property
+    def total(self) -> int: # bytes
+        "Everything."
+        return self.weights + self.gradients + self.optimizer + self.activations + self.passing
+
+def memory_plan(
+    config: ModelConfig, # its shape
+    batch: int, # rows
+    length: int, # tokens in each
+    *,
+    pieces: int = 1, # into which the batch is cut
+    recompute: bool = False, # compute layers twice
+    chunked: bool = False, # the loss is `chunked_next_token_sum` …
+    rows: int = 256, # … with so many tokens a chunk
+) -> MemoryPlan:
+    "Predict the memory of training in float32. Raises `InputError` for kinds of layers without a formula."
+    numbers, d, vocab = 4 * sum(count_parameters(config).values()), config.d_model, config.vocab_size
+    piece = -(-batch // pieces)
+    tokens = piece * length
+    kept = activation_bytes(config, piece, length, recompute=recompute, chunked=chunked)
+    logits, writer = 4 * tokens * vocab, 4 * vocab * d
+    loss = 12 * min(rows, tokens) * vocab + writer if chunked else logits
+    loss -= numbers if pieces == 1 else 0 # where the gradients will be
+    layer = 4 * tokens * sum(activation_numbers(config).values()) - (writer if chunked else logits) # when its turn comes, the loss is gone
+    return MemoryPlan(numbers, numbers, 2 * numbers, kept, max(loss, layer if recompute else 0, 0))
+
+# %% ../../nbs/49_training.costs.ipynb #cf712a02
+def memory_figure(
+    plans: Mapping[str, MemoryPlan], # name → plan
+) -> "Figure": # a bar for each
+    "What training will hold, term by term."
+    fig, ax = figure(width=8, height=1.1 + 0.42 * len(plans))
+    terms = ("weights", "gradients", "optimizer", "activations", "passing")
+    largest = max(plan.total for plan in plans.values())
+    unit, name = (1e9, "GB") if largest >= 2e9 else (1e6, "MB")
+    left = [0.0] * len(plans)
+    for term, color, hatch in zip(terms, PALETTE, ("", "//", "", "..", "xx"), strict=False):
+        widths = [getattr(plan, term) / unit for plan in plans.values()]
+        ax.barh(list(plans), widths, left=left, color=color, hatch=hatch, edgecolor="white", linewidth=0.5, height=0.65, label=term)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    for row, end in enumerate(left):
+        ax.text(end + 0.01 * largest / unit, row, f"{end:.3g}", va="center", fontsize=8)
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    ax.set(xlabel=f"memory, {name}", xlim=(0, 1.08 * largest / unit))
+    fig.legend(loc="outside upper center", ncols=len(terms), frameon=False, fontsize=9)
+    return fig
+
+# %% ../../nbs/49_training.costs.ipynb #a97b7e55
+def step_flops(
+    config: ModelConfig, # its shape
+    batch: int, # rows
+    length: int, # tokens in each
+    *,
+    recompute: bool = False, # layers are computed twice
+) -> int: # additions and multiplications in matrix products
+    "Arithmetic of a training step. Raises `InputError` for kinds of layers without a formula. Kaplan et al. 2020."
+    _countable(config)
+    c, d, size = config, config.d_model, config.head_size
+    h, g, m = c.n_heads * size, (c.n_kv_heads or c.n_heads) * size, c.hidden or default_hidden(c.mlp, d)
+    layer = 2 * (d * (h + 2 * g) + h * d + (3 if c.mlp in GATED else 2) * d * m) + 4 * h * length
+    again = layer - 2 * d * m if recompute else 0 # its result isn't needed a second time, so neither is its last matrix
+    return batch * length * (c.n_layers * (3 * layer + again) + 3 * 2 * c.vocab_size * d)
+
+# %% ../../nbs/49_training.costs.ipynb #aa716902
+def product_speed(
+    dtype: torch.dtype = torch.float32, # of the matrices
+    device: str | torch.device = "cpu", # where
+    size: int = 1024, # rows and columns
+) -> float: # operations a second
+    "How fast this machine multiplies when it does nothing else."
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    return 2 * size**3 / min(measure(lambda: a @ b, repeats=5).seconds)
+
+# %% ../../nbs/49_training.costs.ipynb #3b1eece1
+_DRAWERS = { # parts of an operation's name → what it is; the first that fits
+    "matrix products": ("mm", "linear", "addmv", "::mv", "convolution"), "attention": ("scaled_dot_product",),
+    "optimizer": ("adam", "Optimizer", "foreach"), "copies": ("copy", "::cat", "clone", "contiguous", "fill_", "zero"),
+}
+
+def time_split(
+    fn: Callable[[], object], # such as one training step
+) -> dict[str, float]: # kind of work → seconds, all of `_DRAWERS` and "everything else"
+    "Sort the time of a call into kinds of work."
+    from torch.profiler import profile
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6") # the profiler is talkative
+    with profile() as film:
+        fn()
+    split = dict.fromkeys((*_DRAWERS, "everything else"), 0.0)
+    for event in film.key_averages():
+        kind = next((kind for kind, names in _DRAWERS.items() if any(name in event.key for name in names)), "everything else")
+        split[kind] += (event.self_cpu_time_total + event.self_device_time_total) / 1e6
+    return split
+
+def split_figure(
+    splits: Mapping[str, Mapping[str, float]], # name → what `time_split` says
+) -> "Figure": # a bar for each
+    "Kinds of work side by side."
+    fig, ax = figure(width=8, height=1.1 + 0.45 * len(splits))
+    left = [0.0] * len(splits)
+    for kind, color, hatch in zip((*_DRAWERS, "everything else"), PALETTE, ("", "//", "", "..", "xx"), strict=False):
+        widths = [1e3 * split[kind] for split in splits.values()]
+        ax.barh(list(splits), widths, left=left, color=color, hatch=hatch, edgecolor="white", linewidth=0.5, height=0.65, label=kind)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    ax.set(xlabel="time, ms")
+    fig.legend(loc="outside upper center", ncols=5, frameon=False, fontsize=9)
+    return fig
