@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['SourceState', 'T', 'TrainingBatch', 'Batch', 'BatchSource', 'EpochSource', 'TokenFile', 'gather_shards',
-           'write_tokens', 'EpochWindows', 'evaluation_windows']
+           'write_tokens', 'EpochWindows', 'best_fit', 'PackedDocuments', 'BudgetBatches', 'document_batches',
+           'StreamedText', 'Mixture', 'Prefetched', 'Waiting', 'measure_waiting', 'evaluation_windows']
 
 # %% ../../nbs/40_training.data.ipynb #c5946001
+import contextlib
+import io
 import json
 import os
 import queue
-import shutil
 import tempfile
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Generic, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
 
@@ -392,6 +394,469 @@ class EpochWindows(_Epochs[np.int64]):
         starts = np.array(self._take(self.batch_size))
         rows = _gather(self.tokens.tokens, starts[:, None] + np.arange(self.length + 1))
         return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+
+# %% ../../nbs/40_training.data.ipynb #a040de84
+def best_fit(
+    sizes: NDArray[np.int64], # tokens of each text, (n,)
+    capacity: int, # tokens a row
+) -> NDArray[np.int64]: # the row of each text, (n,), numbered from 0 without gaps
+    "Best fit decreasing (Johnson, 1973). Raises InputError for a text that fits into no row."
+    if len(sizes) and not 1 <= sizes.min() <= sizes.max() <= capacity:
+        raise InputError(f"texts of {sizes.min()} to {sizes.max()} tokens for rows of {capacity}", fix="cut them first, and leave out empty ones")
+    rows, n_rows = np.empty(len(sizes), np.int64), 0
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)] # rows by their room
+    rooms = 0 # bit r: there is a row with room for r
+    for text in np.argsort(-sizes, kind="stable").tolist():
+        size, row, room = int(sizes[text]), n_rows, capacity
+        if fitting := rooms >> size:
+            room = size + (fitting & -fitting).bit_length() - 1
+            row = with_room[room].pop()
+            rooms ^= 0 if with_room[room] else 1 << room
+        n_rows += row == n_rows
+        rows[text] = row
+        if room > size:
+            with_room[room - size].append(row)
+            rooms |= 1 << room - size
+    return rows
+
+# %% ../../nbs/40_training.data.ipynb #8debcad8
+def _text_pieces(
+    tokens: TokenFile, # documents of any length
+    length: int, # the most that a piece may have
+) -> NDArray[np.int64]: # (pieces, 2): first position, tokens
+    "Documents, and those that are too long in pieces."
+    starts = np.concatenate([[0], tokens.token_ends[:-1]])
+    parts = -(-(tokens.token_ends - starts) // length)
+    document = np.repeat(np.arange(len(parts)), parts)
+    first = starts[document] + length * (np.arange(len(document)) - np.repeat(parts.cumsum() - parts, parts))
+    return np.stack([first, np.minimum(length, tokens.token_ends[document] - first)], axis=1)
+
+
+def _lay_out(
+    tokens: TokenFile, # to read from
+    rows: Sequence[NDArray[np.int64]], # of each row, its pieces: (n, 2) first position and tokens
+    width: int, # tokens a row
+) -> Batch: # (rows, width), with `documents`
+    "Pieces of text side by side."
+    inputs, targets, documents = (np.full((len(rows), width), fill) for fill in (tokens.eos_id, IGNORE, -1))
+    for row, pieces in enumerate(rows):
+        at = 0
+        for number, (first, size) in enumerate(pieces.tolist()):
+            here, before = slice(at, at + size), slice(at + (first == 0), at + size)
+            inputs[row, before] = tokens.tokens[max(first - 1, 0) : first + size - 1]
+            targets[row, here] = tokens.tokens[first : first + size]
+            documents[row, here], at = number, at + size
+    return Batch(*map(torch.from_numpy, (inputs, targets, documents)))
+
+# %% ../../nbs/40_training.data.ipynb #46bc6315
+class PackedDocuments(_Epochs[NDArray[np.int64]]):
+    "Training rows of whole documents, packed anew each epoch; `Batch.documents` tells them apart."
+
+    def __init__(
+        self,
+        tokens: TokenFile, # what to train on
+        length: int, # tokens a row
+        batch_size: int, # rows a batch
+        *,
+        seed: int = 0, # of packings and orders
+    ) -> None:
+        self.tokens, self.length, self.batch_size, self.seed = tokens, length, batch_size, seed
+        self._pieces = _text_pieces(tokens, max(1, length))
+        super().__init__(seed, length=length, batch_size=batch_size, n_tokens=tokens.n_tokens)
+
+    def _prepare(self, epoch: int) -> int:
+        rng = np.random.default_rng([self.seed, epoch])
+        shuffled = self._pieces[rng.permutation(len(self._pieces))]
+        rows = best_fit(shuffled[:, 1], self.length)
+        self._packed = shuffled[np.argsort(rows, kind="stable")]
+        self._ends, self._order = np.bincount(rows).cumsum(), rng.permutation(rows.max() + 1)
+        return len(self._order)
+
+    def _items(self, start: int, stop: int) -> Sequence[NDArray[np.int64]]:
+        return [self._packed[self._ends[row - 1] if row else 0 : self._ends[row]] for row in self._order[start:stop].tolist()]
+
+    def next_batch(self) -> Batch: # (batch_size, length), with `documents`
+        "The next rows; an epoch's last batch is filled up from the next epoch."
+        return _lay_out(self.tokens, self._take(self.batch_size), self.length)
+
+# %% ../../nbs/40_training.data.ipynb #112079a1
+class BudgetBatches(_Epochs[NDArray[np.int64]]):
+    "Batches of examples of similar size, of anything that has a size: each example once an epoch, at most so many tokens a batch."
+
+    def __init__(
+        self,
+        sizes: Sequence[int] | NDArray[np.int64], # tokens of each example
+        collate: Callable[[NDArray[np.int64]], TrainingBatch], # numbers of some examples → their batch
+        max_tokens: int, # rows × longest row, at most
+        *,
+        pool: int = 4096, # examples sorted together; 1 for no sorting at all
+        seed: int = 0, # of the orders
+    ) -> None:
+        self.sizes, self.collate, self.max_tokens = np.asarray(sizes, dtype=np.int64), collate, max_tokens
+        self.pool, self.seed = pool, seed
+        about = {"n_examples": len(self.sizes), "n_tokens": int(self.sizes.sum())}
+        super().__init__(seed, max_tokens=max_tokens, pool=pool, **about)
+
+    def _prepare(self, epoch: int) -> int:
+        rng = np.random.default_rng([self.seed, epoch])
+        order, self._batches = rng.permutation(len(self.sizes)), list[NDArray[np.int64]]()
+        for pool in np.split(order, range(self.pool, len(order), self.pool)):
+            self._batches += [pool[batch] for batch in budget_batches(self.sizes[pool].tolist(), self.max_tokens)]
+        self._order = rng.permutation(len(self._batches))
+        return len(self._order)
+
+    def _items(self, start: int, stop: int) -> Sequence[NDArray[np.int64]]:
+        return [self._batches[number] for number in self._order[start:stop]]
+
+    def next_batch(self) -> TrainingBatch: # whatever `collate` makes
+        "The next batch of the epoch."
+        return self.collate(self._take(1)[0])
+
+# %% ../../nbs/40_training.data.ipynb #d1e3a6b7
+def document_batches(
+    tokens: TokenFile, # what to train on
+    max_tokens: int, # of a batch, filler included
+    *,
+    length: int, # the longest row; longer documents are cut
+    pool: int = 4096, # documents sorted together
+    seed: int = 0, # of the orders
+) -> BudgetBatches:
+    "One document a row, rows of similar length. Raises InputError if a row could exceed the budget."
+    pieces = _text_pieces(tokens, length)
+
+    def rows(numbers: NDArray[np.int64]) -> Batch:
+        chosen = pieces[numbers]
+        batch = _lay_out(tokens, list(chosen[:, None]), int(chosen[:, 1].max()))
+        return Batch(batch.inputs, batch.targets)
+    return BudgetBatches(pieces[:, 1], rows, max_tokens, pool=pool, seed=seed)
+
+# %% ../../nbs/40_training.data.ipynb #9a04c98a
+_STRETCH = 1 << 16 # bytes of a text file read at a time, and then on to the end of the line
+
+
+def _stretch(
+    file: io.BufferedReader, # of text
+) -> bytes: # empty at the end
+    "Some lines, up to one that is followed by something visible."
+    data = file.read(_STRETCH)
+    while data and file.peek(1) and (not data.endswith(b"\n") or file.peek(1)[:1].isspace()):
+        data += file.readline()
+    return data
+
+
+def _file_pieces(
+    path: Path, # .jsonl, or text
+    start: int, # byte to begin at, the first of a piece
+) -> Iterator[tuple[int, str, bool]]: # first byte, text, whether a document ends with it
+    "What a file holds, in pieces small enough to hold. Raises InputError for what isn't text, or not a row."
+    rows, at = path.suffix.lower() == ".jsonl", start
+    with path.open("rb") as file:
+        file.seek(start)
+        while data := file.readline() if rows else _stretch(file):
+            try:
+                text = data.decode("utf-8" if at else "utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+                if text.strip() or not rows:
+                    yield at, _row_text(text) if rows else text, rows or not file.peek(1)
+            except ValueError as error:
+                fix = 'each line is {"text": "…"} in UTF-8' if rows else "save it as UTF-8"
+                raise InputError(f"cannot be read: {error}", where=f"{path}, from byte {at}", fix=fix) from error
+            at += len(data)
+
+# %% ../../nbs/40_training.data.ipynb #36129d04
+_GROUP = 1 << 20 # characters encoded at a time
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    "A token of the stream."
+    epoch: int # how often all files were read before
+    file: int # in the order of that epoch
+    byte: int # where its piece begins
+    skip: int # tokens of the piece before it
+
+
+class _TokenStream:
+    "The tokens of all files, each epoch in another order of files, from some place on."
+    def __init__(self, files: Sequence[Path], tokenizer: BaseTokenizer, eos_id: int, seed: int, place: _Place) -> None:
+        self.files, self.tokenizer, self.eos_id, self.seed, self.place = files, tokenizer, eos_id, seed, place
+        self._pieces, self._ids = self._read(place.epoch, place.file, place.byte, place.skip), np.empty(0, np.int32)
+
+    def _read(self, epoch: int, file: int, byte: int, skip: int) -> Iterator[tuple[_Place, NDArray[np.int32]]]:
+        while True:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.files)).tolist()
+            for number in range(file, len(order)):
+                for group in _in_groups(_file_pieces(self.files[order[number]], byte), lambda piece: len(piece[1]), _GROUP):
+                    for (at, _, ends), ids in zip(group, _encode(self.tokenizer, [text for _, text, _ in group]), strict=True):
+                        yield _Place(epoch, number, at, skip), np.append(ids, np.int32(self.eos_id)) if ends else ids
+                        skip = 0
+                byte = 0
+            epoch, file = epoch + 1, 0
+
+    def take(self, n: int) -> NDArray[np.int32]: # (n + 1,), of which the last one stays
+        parts, missing = list[NDArray[np.int32]](), n + 1
+        while missing:
+            if not len(self._ids):
+                self.place, self._ids = next(self._pieces)
+                self._ids = self._ids[self.place.skip :]
+            parts.append(self._ids[:missing])
+            missing -= len(parts[-1])
+            used = len(parts[-1]) - (not missing)
+            self.place, self._ids = replace(self.place, skip=self.place.skip + used), self._ids[used:]
+        return np.concatenate(parts)
+
+# %% ../../nbs/40_training.data.ipynb #3f2c784c
+class _RowBuffer:
+    "Rows from a stream, shuffled within blocks of `size`."
+    def __init__(self, stream: _TokenStream, length: int, size: int, seed: int, block: int, position: int) -> None:
+        self.stream, self.length, self.size, self.seed = stream, length, size, seed
+        self.place, self.block, self.position = stream.place, block, position # where this block began, which one it is, rows handed out
+        self._rows: NDArray[np.int32] | None = None
+
+    def _fill(self) -> NDArray[np.int32]: # (size, length + 1)
+        self.place = self.stream.place
+        rows = np.lib.stride_tricks.sliding_window_view(self.stream.take(self.size * self.length), self.length + 1)[:: self.length]
+        return rows[np.random.default_rng([self.seed, self.block]).permutation(self.size)]
+
+    def take(self, n: int) -> NDArray[np.int32]: # (n, length + 1)
+        taken = list[NDArray[np.int32]]()
+        while missing := n - sum(map(len, taken)):
+            if self._rows is not None and self.position == self.size:
+                self.block, self.position, self._rows = self.block + 1, 0, None
+            if self._rows is None:
+                self._rows = self._fill()
+            taken.append(self._rows[self.position : self.position + missing])
+            self.position += len(taken[-1])
+        return np.concatenate(taken)
+
+
+def _text_sources(paths: Sequence[str | Path]) -> list[Path]: # files, in sorted order within folders
+    "Files to stream from. Raises InputError if none has text."
+    files = [path for given in map(Path, paths) for _, path in _text_files(given)]
+    if all(next(_file_pieces(path, 0), None) is None for path in files):
+        raise InputError("there is no text to read", where=", ".join(map(str, paths)) or None, fix="name a file with text, or a folder of such files")
+    return files
+
+# %% ../../nbs/40_training.data.ipynb #f8dd67cd
+class StreamedText:
+    "Training rows straight from text files of any size: encoded when they're needed, shuffled within a buffer."
+    def __init__(
+        self,
+        paths: Sequence[str | Path], # files and folders of .txt, .md and .jsonl
+        tokenizer: BaseTokenizer, # turns text into ids
+        length: int, # tokens a row
+        batch_size: int, # rows a batch
+        *,
+        eos_id: int, # put after each document
+        buffer: int = 1024, # rows shuffled among each other
+        seed: int = 0, # of the orders
+    ) -> None:
+        if min(length, batch_size, buffer) < 1 or not 0 <= eos_id < tokenizer.vocab_size:
+            raise InputError(f"length={length}, batch_size={batch_size}, buffer={buffer}, eos_id={eos_id} can't be", fix="use 1 or more, and a token")
+        self.files, self.tokenizer, self.eos_id, self.seed = _text_sources(paths), tokenizer, eos_id, seed
+        self.length, self.batch_size, self.buffer = length, batch_size, buffer
+        self._about = {"seed": seed, "length": length, "buffer": buffer, "n_bytes": sum(path.stat().st_size for path in self.files)}
+        self._begin(_Place(0, 0, 0, 0), 0, 0)
+
+    def _begin(self, place: _Place, block: int, position: int) -> None:
+        stream = _TokenStream(self.files, self.tokenizer, self.eos_id, self.seed, place)
+        self._rows = _RowBuffer(stream, self.length, self.buffer, self.seed, block, position)
+
+    def next_batch(self) -> Batch: # (batch_size, length)
+        "The next rows of the buffer, which is filled again when it's empty. Raises InputError for what can't be read."
+        rows = torch.from_numpy(self._rows.take(self.batch_size).astype(np.int64))
+        return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+
+    @property
+    def epoch(self) -> int: # 0, 1, 2, …
+        "How often the corpus had been read when the buffer began to fill."
+        return self._rows.place.epoch
+
+    def next_epoch(self) -> None:
+        "Leave out the rest of this epoch, and what is in the buffer."
+        self._begin(_Place(self.epoch + 1, 0, 0, 0), self._rows.block + 1, 0)
+
+    def state_dict(self) -> SourceState: # six counters, and what they are valid for
+        "Where we are."
+        return asdict(self._rows.place) | {"block": self._rows.block, "position": self._rows.position} | self._about
+
+    def load_state_dict(
+        self,
+        state: SourceState, # from `state_dict`
+    ) -> None:
+        "Go back to where another one was. Raises InputError if that was in other data."
+        _must_match(state, self.state_dict(), ("epoch", "file", "byte", "skip", "block", "position"))
+        epoch, file, byte, skip, block, position = (cast(int, state[key]) for key in ("epoch", "file", "byte", "skip", "block", "position"))
+        self._begin(_Place(epoch, file, byte, skip), block, position)
+
+# %% ../../nbs/40_training.data.ipynb #949a4185
+class Mixture:
+    "Batches of several sources, so that each gives its share of the scored tokens."
+
+    def __init__(
+        self,
+        sources: Mapping[str, BatchSource], # by name
+        weights: Mapping[str, float], # share of each; they're divided by their sum
+    ) -> None:
+        if not sources or sources.keys() != weights.keys() or not all(0 < w < float("inf") for w in weights.values()):
+            raise InputError(f"sources {', '.join(sources)} and weights {dict(weights)} don't fit", fix="give each source a weight above 0")
+        self.sources, total = dict(sources), sum(weights.values())
+        self.weights, self.given = {name: weights[name] / total for name in self.sources}, dict.fromkeys(self.sources, 0)
+
+    def next_batch(self) -> TrainingBatch: # of one of the sources
+        "A batch of the source that is furthest behind its share."
+        total = sum(self.given.values())
+        name = max(self.sources, key=lambda n: (self.weights[n] * total - self.given[n], self.weights[n]))
+        batch = self.sources[name].next_batch()
+        self.given[name] += max(1, batch.n_tokens)
+        return batch
+
+    def state_dict(self) -> SourceState: # of each source, and what it has given
+        "Where we are."
+        return {"given": dict(self.given), "sources": {name: source.state_dict() for name, source in self.sources.items()}}
+
+    def load_state_dict(
+        self,
+        state: SourceState, # from `state_dict`
+    ) -> None:
+        "Go back to where another one was. Raises InputError if that had other sources."
+        given, states = cast(dict[str, int], state.get("given", {})), cast(dict[str, SourceState], state.get("sources", {}))
+        _must_match(states, dict.fromkeys(self.sources, {}), list(self.sources))
+        for name, source in self.sources.items():
+            source.load_state_dict(states[name])
+        self.given = dict(given)
+
+# %% ../../nbs/40_training.data.ipynb #944d115b
+@dataclass(frozen=True, slots=True)
+class _Fetched:
+    "What the thread hands over."
+    batch: TrainingBatch | None # None if there was an error
+    state: SourceState # of the source, after this batch
+    epoch: int | None # likewise, where the source has epochs
+    error: BaseException | None = None # what went wrong instead
+
+
+def _fetch(source: BatchSource, ready: "queue.Queue[_Fetched]", stop: threading.Event) -> None:
+    "Fetch batches until told to stop, or until one can't be had."
+    while not stop.is_set():
+        try:
+            fetched = _Fetched(source.next_batch(), source.state_dict(), getattr(source, "epoch", None))
+        except BaseException as error: # whatever it is, the consumer has to know
+            fetched = _Fetched(None, {}, None, error)
+        ready.put(fetched)
+        if fetched.error is not None:
+            return
+
+
+def _stop(ready: "queue.Queue[_Fetched]", stop: threading.Event) -> None:
+    "Tell the thread to stop, and make room for what it's holding."
+    stop.set()
+    with contextlib.suppress(queue.Empty):
+        while True:
+            ready.get_nowait()
+
+# %% ../../nbs/40_training.data.ipynb #66d22931
+class _Ahead:
+    "A thread that fetches, started when it's needed and stopped when nobody is interested any more."
+    def __init__(self, source: BatchSource, ahead: int) -> None:
+        self.source, self.ahead = source, ahead
+        self._state, self._epoch = source.state_dict(), getattr(source, "epoch", None)
+        self._thread: threading.Thread | None = None
+
+    def _start(self) -> threading.Thread:
+        stop, self._ready = threading.Event(), queue.Queue[_Fetched](self.ahead)
+        self._end = weakref.finalize(self, _stop, self._ready, stop)
+        thread = threading.Thread(target=_fetch, args=(self.source, self._ready, stop), name="mmie-prefetch", daemon=True)
+        thread.start()
+        return thread
+
+    def close(self) -> None:
+        "Stop the thread, and take the source back to where the consumer is."
+        if self._thread is not None:
+            self._end()
+            self._thread.join()
+            self._thread = None
+            self.source.load_state_dict(self._state)
+
+    def __enter__(self) -> Self: return self
+    def __exit__(self, *exception: object) -> None: self.close()
+
+# %% ../../nbs/40_training.data.ipynb #cf33cdda
+class Prefetched(_Ahead):
+    "A source whose batches are fetched ahead by a thread. It stands where its consumer is, not where the thread is."
+    def __init__(
+        self,
+        source: BatchSource, # used by the thread alone from now on
+        ahead: int = 2, # batches to have ready
+    ) -> None:
+        if ahead < 1:
+            raise InputError(f"{ahead} batches ahead", fix="use at least 1, or the source itself")
+        super().__init__(source, ahead)
+
+    def next_batch(self) -> TrainingBatch: # the source's next one
+        "The next batch, waited for if need be. Raises what the source raised; the call after that tries again."
+        self._thread = self._thread or self._start()
+        fetched = self._ready.get()
+        if fetched.batch is None:
+            self.close()
+            raise cast(BaseException, fetched.error)
+        self._state, self._epoch = fetched.state, fetched.epoch
+        return fetched.batch
+
+    @property
+    def epoch(self) -> int: # of the last batch consumed
+        "The source's epoch, where it has any."
+        if self._epoch is None:
+            raise AttributeError(f"a {type(self.source).__name__} has no epochs")
+        return self._epoch
+
+    def next_epoch(self) -> None:
+        "Leave out the rest of this epoch."
+        self.close()
+        cast(EpochSource, self.source).next_epoch()
+        self._state, self._epoch = self.source.state_dict(), getattr(self.source, "epoch", None)
+
+    def state_dict(self) -> SourceState: # the source's, behind the last batch consumed
+        "Where the consumer is."
+        return self._state
+
+    def load_state_dict(
+        self,
+        state: SourceState, # from `state_dict`, of this or of the source itself
+    ) -> None:
+        "Go back to where another one was. Raises InputError if that was in other data."
+        self.close()
+        self.source.load_state_dict(state)
+        self._state, self._epoch = self.source.state_dict(), getattr(self.source, "epoch", None)
+
+# %% ../../nbs/40_training.data.ipynb #190394b8
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    "How long steps took, and how long of that they waited for data."
+    waits: tuple[float, ...] # seconds, for each step
+    seconds: tuple[float, ...] # seconds of the whole step
+
+    @property
+    def share(self) -> float: # 0 to 1
+        "Share of the time that went to waiting."
+        return sum(self.waits) / sum(self.seconds)
+
+
+def measure_waiting(
+    source: BatchSource, # where batches come from
+    step: Callable[[TrainingBatch], object], # the work on one; on a GPU it has to wait for the result
+    steps: int = 20, # to measure
+    warmup: int = 3, # steps before that
+) -> Waiting:
+    "Run some steps and take the time of both halves."
+    times = []
+    for _ in range(warmup + steps):
+        start = time.perf_counter()
+        batch = source.next_batch()
+        fetched = time.perf_counter()
+        step(batch)
+        times.append((fetched - start, time.perf_counter() - start))
+    waits, seconds = zip(*times[warmup:], strict=True)
+    return Waiting(waits, seconds)
 
 # %% ../../nbs/40_training.data.ipynb #7f01a303
 def _window_table(
