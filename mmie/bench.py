@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['python_sources', 'BenchTable', 'bench_tokenizer', 'bench_attention', 'bench_model', 'bench_decode',
-           'bench_train_step']
+           'bench_train_step', 'bench_train']
 
 # %% ../nbs/91_bench.ipynb #3678979b
 import importlib.util
+import math
 import os
 import sysconfig
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +28,11 @@ from .core import InputError, seed_everything
 from .measure import Comparison, compare, format_bytes, format_seconds, html_table, peak_memory, text_table
 from .models.decoder import DecoderLM, ModelConfig, next_token_loss
 from .tokenization.bpe import BPETokenizer
+from .tokenization.corpora import Document
 from .tokenization.splitting import GPT4_PATTERN
+from .training.data import EpochWindows, TokenFile, write_tokens
+from .training.optim import parameter_groups
+from .training.trainer import TrainConfig, Trainer
 
 # %% ../nbs/91_bench.ipynb #6ee82579
 def python_sources(
@@ -356,3 +363,122 @@ def bench_train_step(
             programs["mmie, compiled"] = _learner(fast, _our_loss, ids, targets, mixed)
         title = f"a step of {batch} × {length} tokens, {'bfloat16 products' if mixed else 'float32'}"
         yield BenchTable(title, compare(programs, repeats), batch * length, "tokens")
+
+# %% ../nbs/91_bench.ipynb #7ee1b628
+@dataclass(frozen=True, slots=True)
+class _Race:
+    "What everybody has to do."
+    tokens: TokenFile # in a folder
+    folder: Path # that one
+    steps: int # optimizer steps
+    batch: int # rows
+    length: int # tokens in each
+    mixed: bool # products in bfloat16
+    lr: float = 1e-3 # at the top
+
+    def factor(
+        self,
+        step: int, # 0, 1, 2, …
+    ) -> float: # of the learning rate
+        "A short warm-up and half a cosine."
+        warmup = max(1, self.steps // 10)
+        return (step + 1) / warmup if step < warmup else (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup))) / 2
+
+def _trained_by_us(race: _Race) -> list[float]: # the loss of each step
+    "The trainer, on our model."
+    data = EpochWindows(race.tokens, race.length, race.batch)
+    config = TrainConfig(steps=race.steps, lr=race.lr, warmup=max(1, race.steps // 10), precision="bf16" if race.mixed else "float32", device="cpu")
+    return Trainer(bench_model(), data, config=config).fit().losses
+
+# %% ../nbs/91_bench.ipynb #18a35e59
+def _trained_plainly(
+    race: _Race, # what to do
+    model: nn.Module, # trained by this
+    logits: Callable[[nn.Module, Tensor], Tensor], # model and ids (batch, length) → (batch, length, vocab)
+) -> list[float]: # the loss of each step
+    "The shortest loop that does the same."
+    ids = np.memmap(race.folder / "tokens.bin", dtype=race.tokens.tokens.dtype, mode="r")
+    optimizer = torch.optim.AdamW(parameter_groups(model.parameters(), 0.1), lr=race.lr, betas=(0.9, 0.95), fused=True)
+    schedule, losses = torch.optim.lr_scheduler.LambdaLR(optimizer, race.factor), []
+    for _ in range(race.steps):
+        starts = torch.randint(len(ids) - race.length - 1, (race.batch,)).tolist()
+        rows = torch.stack([torch.from_numpy(ids[start:start + race.length + 1].astype(np.int64)) for start in starts])
+        with torch.autocast("cpu", torch.bfloat16, enabled=race.mixed):
+            loss = F.cross_entropy(logits(model, rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+# %% ../nbs/91_bench.ipynb #8132141d
+class _Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    "Rows of a token file, one after the other; the loader shuffles them."
+    def __init__(self, race: _Race) -> None:
+        self.ids, self.length = race.tokens.tokens, race.length
+
+    def __len__(self) -> int:
+        return len(self.ids) // self.length
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        ids = torch.from_numpy(self.ids[row * self.length:(row + 1) * self.length].astype(np.int64))
+        return {"input_ids": ids, "labels": ids}
+
+def _trained_by_transformers(
+    race: _Race, # what to do
+    model: nn.Module, # trained by this
+) -> list[float]: # the loss of each step
+    "transformers' trainer on transformers' model."
+    import transformers
+    transformers.utils.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            folder, max_steps=race.steps, per_device_train_batch_size=race.batch, learning_rate=race.lr, weight_decay=0.1, adam_beta2=0.95,
+            max_grad_norm=1.0, lr_scheduler_type="cosine", warmup_steps=max(1, race.steps // 10), optim="adamw_torch_fused",
+            bf16=race.mixed, use_cpu=True, save_strategy="no", logging_steps=1, report_to=[], disable_tqdm=True, seed=0)
+        trainer = transformers.Trainer(model, arguments, train_dataset=_Windows(race))
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+# %% ../nbs/91_bench.ipynb #08795a39
+def _racers(race: _Race) -> dict[str, Callable[[], list[float]]]: # ours first
+    "Everybody who can take part here, each starting from the same weights."
+    def theirs() -> nn.Module:
+        return bench_model().to_hf().train()
+    programs: dict[str, Callable[[], list[float]]] = {
+        "mmie": lambda: _trained_by_us(race),
+        "plain loop, our model": lambda: _trained_plainly(race, bench_model(), lambda model, ids: model(ids)),
+    }
+    if _installed("transformers"):
+        programs["plain loop, transformers' model"] = lambda: _trained_plainly(race, theirs(), lambda model, ids: model(input_ids=ids, use_cache=False).logits)
+    if _installed("transformers") and _installed("accelerate"):
+        programs["transformers' Trainer"] = lambda: _trained_by_transformers(race, theirs())
+    return programs
+
+def bench_train(
+    steps: int = 10, # optimizer steps of each run
+    batch: int = 8, # rows
+    length: int = 256, # tokens in each
+    repeats: int = 3, # runs of each, in turns
+    megabytes: float = 4.0, # of Python source to learn
+) -> Iterator[BenchTable | str]: # a table and a line about losses for each precision
+    "Train from the same weights with everybody's loop, in float32 and in mixed precision. Raises `InputError` for too little text."
+    texts = python_sources(megabytes)
+    tokenizer = BPETokenizer.train(texts, 8192, special_tokens=("<|end|>",))
+    documents = [Document(str(number), text) for number, text in enumerate(texts) if text]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        tokens = write_tokens(documents, tokenizer, folder, eos_id=tokenizer.special_tokens["<|end|>"])
+        if tokens.n_tokens < 2 * batch * length:
+            raise InputError(f"{tokens.n_tokens:,} tokens for steps of {batch * length:,}", fix="use more text, or smaller steps")
+        for mixed in (False, True):
+            race, ends = _Race(tokens, Path(folder), steps, batch, length, mixed), dict[str, float]()
+            def run(name: str, program: Callable[[], list[float]], ends: dict[str, float] = ends) -> None:
+                last = program()[-max(1, steps // 5):]
+                ends[name] = sum(last) / len(last)
+            times = compare({name: partial(run, name, program) for name, program in _racers(race).items()}, repeats, warmup=0)
+            title = f"{steps} steps of {batch} × {length} tokens, {'bfloat16 products' if mixed else 'float32'}"
+            yield BenchTable(title, times, steps * batch * length, "tokens")
+            yield "loss over the last fifth: " + ", ".join(f"{name} {loss:.2f}" for name, loss in ends.items())
