@@ -22,7 +22,7 @@ setup(
     keywords=cfg["keywords"],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["mmie", "mmie.*"]),
-    package_data={"mmie": ["py.typed", "**/*.j2", "**/*.css"]},
+    package_data={"mmie": ["py.typed", "**/*.j2", "**/*.css", "**/*.yaml"]},
     include_package_data=False,
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "scale", "lab", "explorer", "training", "translation")},

@@ -384,11 +384,14 @@ class _Race:
         warmup = max(1, self.steps // 10)
         return (step + 1) / warmup if step < warmup else (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup))) / 2
 
-def _trained_by_us(race: _Race) -> list[float]: # the loss of each step
-    "The trainer, on our model."
-    data = EpochWindows(race.tokens, race.length, race.batch)
-    config = TrainConfig(steps=race.steps, lr=race.lr, warmup=max(1, race.steps // 10), precision="bf16" if race.mixed else "float32", device="cpu")
-    return Trainer(bench_model(), data, config=config).fit().losses
+def _trained_by_us(
+    race: _Race, # what to do
+    model: nn.Module, # trained by this
+) -> list[float]: # the loss of each step
+    "Our trainer on our model."
+    data, precision = EpochWindows(race.tokens, race.length, race.batch), "bf16" if race.mixed else "float32"
+    config = TrainConfig(steps=race.steps, lr=race.lr, warmup=max(1, race.steps // 10), precision=precision, device="cpu")
+    return Trainer(model, data, config=config).fit().losses
 
 # %% ../nbs/91_bench.ipynb #18a35e59
 def _trained_plainly(
@@ -444,20 +447,35 @@ def _trained_by_transformers(
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 # %% ../nbs/91_bench.ipynb #08795a39
-def _racers(race: _Race) -> dict[str, Callable[[], list[float]]]: # ours first
+def _rewound(
+    model: nn.Module, # with its first weights
+) -> Callable[[], nn.Module]: # gives the model, with those weights
+    "Start again from the same place, without building anything."
+    start = {name: weight.clone() for name, weight in model.state_dict().items()}
+    def again() -> nn.Module:
+        model.load_state_dict(start)
+        return model.train()
+    return again
+
+def _racers(
+    race: _Race, # what to do
+) -> dict[str, Callable[[], list[float]]]: # ours first
     "Everybody who can take part here, each starting from the same weights."
-    def theirs() -> nn.Module:
-        return bench_model().to_hf().train()
+    ours = _rewound(bench_model())
     programs: dict[str, Callable[[], list[float]]] = {
-        "mmie": lambda: _trained_by_us(race),
-        "plain loop, our model": lambda: _trained_plainly(race, bench_model(), lambda model, ids: model(ids)),
+        "mmie": lambda: _trained_by_us(race, ours()),
+        "plain loop, our model": lambda: _trained_plainly(race, ours(), lambda model, ids: model(ids)),
     }
     if _installed("transformers"):
-        programs["plain loop, transformers' model"] = lambda: _trained_plainly(race, theirs(), lambda model, ids: model(input_ids=ids, use_cache=False).logits)
-    if _installed("transformers") and _installed("accelerate"):
-        programs["transformers' Trainer"] = lambda: _trained_by_transformers(race, theirs())
+        theirs = _rewound(bench_model().to_hf())
+        def logits(model: nn.Module, ids: Tensor) -> Tensor:
+            return model(input_ids=ids, use_cache=False).logits
+        programs["plain loop, transformers' model"] = lambda: _trained_plainly(race, theirs(), logits)
+        if _installed("accelerate"):
+            programs["transformers' Trainer"] = lambda: _trained_by_transformers(race, theirs())
     return programs
 
+# %% ../nbs/91_bench.ipynb #d9ab09e1
 def bench_train(
     steps: int = 10, # optimizer steps of each run
     batch: int = 8, # rows

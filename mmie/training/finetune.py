@@ -324,7 +324,8 @@ def _check_order(
             raise InputError(f"message {number} is the system's", fix="it may only come first")
         before = roles[number - 2] if number > 1 else ""
         if role == before or (role == "assistant" and before != "user"):
-            raise InputError(f"message {number} is the {role}'s, and it isn't its turn", fix="user and assistant must alternate, the user first")
+            fix = "user and assistant must alternate, the user first"
+            raise InputError(f"message {number} is the {role}'s, and it isn't its turn", fix=fix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -578,7 +579,7 @@ def _rendered(
 def _learned(
     words: HubVocabulary, # of a tokenizer with a chat template
     messages: Sequence[Message], # the assistant's last
-) -> tuple[list[int], list[tuple[int, int]]]: # ids up to the last answer's end, from and to of each answer that still looks as when it was new
+) -> tuple[list[int], list[tuple[int, int]]]: # ids up to the last answer's end; each answer that looks as it did when new
     "Find the answers by rendering what comes before and up to them. Raises `InputError` for templates where they can't be found."
     whole, spans = _rendered(words, messages), []
     marks = {*words.special_tokens.values(), words.tokenizer.eos_token_id}
@@ -611,7 +612,8 @@ def _shortened(
         elif question := words.encode(kept[first].content):
             kept[first] = Message("user", words.decode(question[over:]).lstrip("\ufffd"))
         else:
-            raise InputError(f"an answer of {over + longest} tokens does not fit into {longest - 1}", where=f"question {messages[first].content!r:.60}")
+            where = f"question {messages[first].content!r:.60}"
+            raise InputError(f"an answer of {over + longest} tokens does not fit into {longest - 1}", where=where)
     return kept
 
 # %% ../../nbs/46_training.finetune.ipynb #f08cd7ed
@@ -726,6 +728,19 @@ def _fingerprint(
     return int.from_bytes(hashlib.blake2b(repr(things).encode(), digest_size=6).digest(), "big")
 
 
+def _epoch_rows(
+    examples: Sequence[Example], # all of them
+    batch_size: int, # rows of a batch
+    room: int | None, # tokens of a packed row; None: one example a row
+    generator: np.random.Generator, # the source of order
+) -> list[list[list[int]]]: # for each batch, for each row, the examples in it
+    "The order of one pass over the data."
+    lengths = [len(example.ids) for example in examples]
+    if room is None:
+        return [[[i] for i in rows] for rows in grouped_batches(lengths, batch_size, generator)]
+    return _packed_batches([n - 1 for n in lengths], room, batch_size, generator)
+
+
 def _encoded(
     pairs: Sequence[QAPair | Dialogue], # to be learned
     chat: ChatFormat, # template and tokenizer
@@ -756,18 +771,9 @@ class ChatBatches:
         self.fingerprint = _fingerprint(seed, batch_size, self.room, [(e.ids, e.spans) for e in self.examples])
         self._begin(0, 0)
 
-    @property
-    def shortened(self) -> int: # examples
-        "How many had to lose a part to fit."
-        return sum(example.cut > 0 for example in self.examples)
-
     def _begin(self, epoch: int, done: int) -> None:
         self.epoch, self.done = epoch, done # passes over the data so far, batches of this pass already given out
-        lengths, generator = [len(example.ids) for example in self.examples], np.random.default_rng([self.seed, epoch])
-        if self.room is None:
-            self.batches = [[[i] for i in rows] for rows in grouped_batches(lengths, self.batch_size, generator)]
-        else:
-            self.batches = _packed_batches([n - 1 for n in lengths], self.room, self.batch_size, generator)
+        self.batches = _epoch_rows(self.examples, self.batch_size, self.room, np.random.default_rng([self.seed, epoch]))
 
     def next_batch(self) -> Batch: # up to batch_size rows
         "The next batch; after the last one the data is shuffled anew."
@@ -942,7 +948,8 @@ def _lines(
     good, rejected = _sifted(numbered, lambda line: understand(_dialogue(_parsed(line))))
     if not good:
         first = f"line {rejected[0].line}: {rejected[0].reason}" if rejected else "it is empty"
-        raise InputError(f"no usable row, {first}", where=str(path), fix='each line is {"question": "…", "answer": "…"} or {"messages": […]}')
+        fix = 'each line is {"question": "…", "answer": "…"} or {"messages": […]}'
+        raise InputError(f"no usable row, {first}", where=str(path), fix=fix)
     return good, rejected
 
 # %% ../../nbs/46_training.finetune.ipynb #b0794866
