@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LossFunction', 'Precision', 'EVENTS', 'next_token_sum', 'Strategy', 'SingleProcess', 'add_gradients',
-           'EvaluationSource', 'HeldOut', 'Evaluation', 'evaluate', 'bits_per_byte', 'History', 'StopTraining',
-           'SkipStep', 'SkipEpoch', 'TrainingError', 'Callback', 'ProgressBar', 'TrainConfig', 'LossScale',
-           'recomputing', 'random_state', 'set_random_state', 'Trainer']
+           'EvaluationSource', 'HeldOut', 'Evaluation', 'evaluate', 'bits_per_byte', 'LossScale', 'recomputing',
+           'balanced_loss', 'History', 'StopTraining', 'SkipStep', 'SkipEpoch', 'TrainingError', 'Callback',
+           'ProgressBar', 'TrainConfig', 'random_state', 'set_random_state', 'Trainer']
 
 # %% ../../nbs/43_training.trainer.ipynb #2e98480f
 import contextlib
@@ -23,18 +23,19 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..core import InputError, default_dtype, inference, resolve_device, seed_everything, training_mode
-from ..models.decoder import next_token_loss
-from ..models.layers import Block
+from ..models.decoder import IGNORE, next_token_loss
+from ..models.layers import Block, MixtureOfExperts, load_balance
 from .checkpoint import State, checkpoint_info, latest_checkpoint, load_checkpoint, save_checkpoint
-from .data import Batch, BatchSource, TokenFile, TrainingBatch, evaluation_windows
+from .data import Batch, BatchSource, EpochSource, TokenFile, TrainingBatch, evaluation_windows
 from .optim import NamedOptimizer, OptimConfig, build_optimizer
 
 # %% ../../nbs/43_training.trainer.ipynb #712c6d33
@@ -45,17 +46,17 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# %% ../../nbs/43_training.trainer.ipynb #2466bbc8
+# %% ../../nbs/43_training.trainer.ipynb #49dae202
 LossFunction: TypeAlias = Callable[[nn.Module, Any], Tensor] # model and one of its source's batches → summed loss over the scored tokens
 
 
 def next_token_sum(
     model: nn.Module, # ids (batch, length) → logits (batch, length, vocab)
     batch: Batch, # on the model's device
-) -> Tensor: # () float32, nats
+) -> Tensor: # () float32 or wider, nats
     "Sum of −ln p over the targets that count."
-    options = {} if batch.documents is None else {"documents": batch.documents}
-    return next_token_loss(model(batch.inputs, **options), batch.targets) * batch.n_tokens
+    options = {} if batch.documents is None else {"documents": batch.documents} # of packed rows
+    return next_token_loss(model(batch.inputs, **options), batch.targets) * (batch.targets != IGNORE).sum()
 
 # %% ../../nbs/43_training.trainer.ipynb #227e610d
 class Strategy(Protocol):
@@ -74,71 +75,36 @@ class Strategy(Protocol):
     def scatter(self, model: nn.Module, optimizer: NamedOptimizer, model_state: dict, optimizer_state: dict) -> None: ... # the way back
     def wait(self) -> None: ... # until all are here
 
-# %% ../../nbs/43_training.trainer.ipynb #eea07c80
+# %% ../../nbs/43_training.trainer.ipynb #10dfdb4a
 class SingleProcess:
     "Nobody to ask."
 
     rank, ranks, scale = 0, 1, 1.0
 
-    def wrap(
-        self,
-        model: nn.Module, # as the user built it
-        device: torch.device, # where to train
-    ) -> nn.Module: # the same one
-        "Move it."
+    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module: # the same one, moved
         return model.to(device)
 
-    def scope(
-        self,
-        module: nn.Module, # what `wrap` returned
-        last: bool, # whether this is the last piece of the step
-    ) -> AbstractContextManager[object]:
-        "Nothing to exchange."
+    def scope(self, module: nn.Module, last: bool) -> AbstractContextManager[object]: # nothing to exchange
         return contextlib.nullcontext()
 
-    def rounds(
-        self,
-        n: int, # passes to make
-    ) -> int: # the same
-        "Nobody to keep company."
+    def rounds(self, n: int) -> int: # nobody to keep company
         return n
 
-    def total(
-        self,
-        *numbers: float, # of this process
-    ) -> list[float]: # the same
-        "The sum over one."
+    def total(self, *numbers: float) -> list[float]: # the sum over one
         return list(numbers)
 
-    def clip(
-        self,
-        parameters: Iterable[nn.Parameter], # with gradients
-        limit: float, # longest gradient
-    ) -> float: # length before
-        "PyTorch's own."
+    def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> float: # PyTorch's own
         return float(nn.utils.clip_grad_norm_(parameters, limit))
 
-    def gather(
-        self,
-        model: nn.Module, # as the user built it
-        optimizer: NamedOptimizer, # its optimizer
-    ) -> tuple[dict, dict]: # their states
-        "Everything is here."
+    def gather(self, model: nn.Module, optimizer: NamedOptimizer) -> tuple[dict, dict]: # everything is here
         return dict(model.state_dict()), optimizer.state_dict()
 
-    def scatter(
-        self,
-        model: nn.Module, # to be overwritten
-        optimizer: NamedOptimizer, # likewise
-        model_state: dict, # from `gather`
-        optimizer_state: dict, # from `gather`
-    ) -> None:
-        "Take both. Raises RuntimeError or InputError when they don't fit."
+    def scatter(self, model: nn.Module, optimizer: NamedOptimizer, model_state: dict, optimizer_state: dict) -> None: # raises RuntimeError
         model.load_state_dict(model_state)
         optimizer.load_state_dict(optimizer_state)
 
-    def wait(self) -> None:
-        "Nobody to wait for."
+    def wait(self) -> None: # nobody to wait for
+        pass
 
 # %% ../../nbs/43_training.trainer.ipynb #34dd04b0
 def _share(
@@ -270,7 +236,98 @@ def bits_per_byte(
     source = HeldOut(tokens, length, stride or max(1, length // 2), batch_size)
     return float(evaluate(model, source, precision=precision)[1] or math.nan)
 
-# %% ../../nbs/43_training.trainer.ipynb #a5b815de
+# %% ../../nbs/43_training.trainer.ipynb #d3bd07b9
+@dataclass(slots=True)
+class LossScale:
+    "The factor on an fp16 loss. Micikevicius et al. 2018."
+
+    value: float = 65536.0 # the factor now
+    growth_every: int = 2000 # usable steps until it is doubled
+    good: int = 0 # usable steps since it last changed
+
+    def unscale(
+        self,
+        parameters: Iterable[nn.Parameter], # with gradients of the scaled loss
+    ) -> None:
+        "Divide all gradients by the factor."
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(1 / self.value)
+
+    def update(
+        self,
+        usable: bool, # whether the gradients were finite
+    ) -> None:
+        "Halve after an overflow, double after many steps without one."
+        self.good = self.good + 1 if usable else 0
+        if not usable or self.good == self.growth_every:
+            self.value, self.good = self.value * (2.0 if usable else 0.5), 0
+
+# %% ../../nbs/43_training.trainer.ipynb #1ba18b9c
+def _recomputable(
+    model: nn.Module, # of ours or of Hugging Face's
+) -> tuple[list[Block], list[Any]]: # our blocks; the outermost of their models
+    "What can be computed again. Raises InputError when there is nothing."
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    theirs = [module for module in model.modules() if getattr(module, "supports_gradient_checkpointing", False)]
+    if not blocks and not theirs:
+        what = f"{type(model).__name__} has no blocks to recompute"
+        raise InputError(what, where="recompute", fix="use one of our models or one of transformers, or leave it off")
+    return blocks, theirs[:1]
+
+
+def _again(
+    forward: Callable[..., Tensor], # of a block
+    *args: Any, # its arguments
+    **options: Any, # likewise
+) -> Tensor: # what it returns
+    "Compute without keeping the inside, where there will be a backward pass."
+    if not torch.is_grad_enabled():
+        return forward(*args, **options)
+    result: Tensor = checkpoint(forward, *args, use_reentrant=False, **options)
+    return result
+
+# %% ../../nbs/43_training.trainer.ipynb #b48e5a11
+@contextlib.contextmanager
+def recomputing(
+    model: nn.Module, # of ours or of Hugging Face's
+) -> Iterator[None]:
+    "Inside, blocks keep their input only and are computed again for backward. Raises InputError for models without. Chen et al. 2016."
+    blocks, theirs = _recomputable(model)
+    for block in blocks:
+        block.forward = functools.partial(_again, block.forward) # type: ignore[method-assign]
+    for module in theirs:
+        name = "activation" if hasattr(module, "activation_checkpointing_enable") else "gradient" # renamed in transformers 5
+        getattr(module, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward # the class's own is back
+        for module in theirs:
+            getattr(module, f"{name}_checkpointing_disable")()
+
+# %% ../../nbs/43_training.trainer.ipynb #d29ce2e5
+def balanced_loss(
+    weight: float = 0.01, # of the imbalance, in nats per token and mixture
+    loss: LossFunction = next_token_sum, # summed over tokens
+) -> LossFunction: # in evaluation the same as `loss`
+    "A loss that also asks mixtures of experts to share the work (not under torch.compile). Fedus et al. 2021."
+    def balanced(model: nn.Module, batch: TrainingBatch) -> Tensor:
+        if not model.training:
+            return loss(model, batch)
+        heard: list[tuple[Tensor, int]] = []
+        mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+        ears = [m.router.register_forward_hook(lambda _, __, scores, k=m.per_token: heard.append((scores, k))) for m in mixtures]
+        try:
+            summed = loss(model, batch)
+        finally:
+            for ear in ears:
+                ear.remove()
+        return summed + weight * batch.n_tokens * sum(load_balance(scores, k) for scores, k in heard)
+    return balanced
+
+# %% ../../nbs/43_training.trainer.ipynb #30f4273e
 @dataclass(slots=True)
 class History:
     "One entry a step in every list, and what was measured in between."
@@ -283,41 +340,35 @@ class History:
     waits: list[float] = field(default_factory=list) # of those, waiting for data
     evaluations: list[Evaluation] = field(default_factory=list) # on held-out data
     skipped: list[tuple[int, str]] = field(default_factory=list) # step and reason
-    bad_steps: int = 0 # of those, the ones with a NaN or infinite loss or gradient, or too little memory
+    bad_steps: int = 0 # of those, the ones with a NaN or infinite loss or gradient, or too little memory for a single row
     retried: list[tuple[int, str]] = field(default_factory=list) # step and reason: cut into smaller pieces, then taken
 
-    def mean_loss(
-        self,
-        last: int | None = None, # steps (None: all)
-    ) -> float: # NaN when none of them was usable: a failure is never a loss of 0
-        "Mean loss of the steps that counted."
+    def mean_loss(self, last: int | None = None) -> float: # over so many steps (None: all); NaN if none of them was taken
+        "Mean loss of the steps that were taken."
         usable = [x for x in self.losses[-last if last else None :] if math.isfinite(x)]
         return sum(usable) / len(usable) if usable else math.nan
 
     @property
-    def tokens_per_second(self) -> float:
-        "Training throughput, evaluation and checkpoints not counted."
+    def tokens_per_second(self) -> float: # evaluation and checkpoints not counted
+        "Training throughput."
         return self.tokens[-1] / sum(self.seconds) if self.tokens else math.nan
 
     @property
-    def wait_share(self) -> float:
-        "Share of the step time that went to waiting for data."
+    def wait_share(self) -> float: # of the step time
+        "How much of it went to waiting for data."
         return sum(self.waits) / sum(self.seconds) if self.seconds else math.nan
 
     @property
-    def bits_per_byte(self) -> float | None:
-        "The last one measured."
+    def bits_per_byte(self) -> float | None: # None: none was measured
+        "The last one."
         return next((e.bits_per_byte for e in reversed(self.evaluations) if e.bits_per_byte is not None), None)
 
-    def to_json(self) -> str: # NaN and infinity become null
+    def to_json(self) -> str: # NaN and infinity have no place in JSON
         "Everything, as JSON."
         return json.dumps(_without_nan(asdict(self)), allow_nan=False)
 
     @classmethod
-    def from_json(
-        cls,
-        text: str, # from `to_json`
-    ) -> "History":
+    def from_json(cls, text: str) -> "History": # from `to_json`
         "The history again."
         return cls(**_with_nan(json.loads(text)))
 
@@ -325,14 +376,14 @@ class History:
         "Training loss, and bits per byte on held-out text."
         return _history_figure(self)
 
-# %% ../../nbs/43_training.trainer.ipynb #e6678ea5
+# %% ../../nbs/43_training.trainer.ipynb #c045d4d5
 _MAY_BE_NAN = ("losses", "grad_norms")
 
 
 def _without_nan(
     data: dict, # a history as a dictionary
 ) -> dict: # fit for JSON
-    "Null for what is not a finite number; where null has a meaning already, in an evaluation, the number's name."
+    "Null, or its name, for what is not a finite number."
     floats = {key: [x if math.isfinite(x) else None for x in data[key]] for key in _MAY_BE_NAN}
     named = [{k: x if x is None or math.isfinite(x) else repr(x) for k, x in e.items()} for e in data["evaluations"]]
     return data | floats | {"evaluations": named}
@@ -341,11 +392,11 @@ def _without_nan(
 def _with_nan(
     data: dict, # from JSON
 ) -> dict: # the fields of a History
-    "NaN for null, and the types that JSON does not know."
+    "The numbers again, and the types that JSON does not know."
     floats = {key: [math.nan if x is None else x for x in data[key]] for key in _MAY_BE_NAN}
-    evaluations = [Evaluation(**{k: float(x) if isinstance(x, str) else x for k, x in e.items()}) for e in data["evaluations"]]
+    rows: list[dict[str, Any]] = [{k: float(x) if isinstance(x, str) else x for k, x in e.items()} for e in data["evaluations"]]
     pairs = {key: [(step, reason) for step, reason in data.get(key, [])] for key in ("skipped", "retried")}
-    return data | floats | pairs | {"evaluations": evaluations}
+    return data | floats | pairs | {"evaluations": [Evaluation(**row) for row in rows]}
 
 # %% ../../nbs/43_training.trainer.ipynb #33abbea9
 def _history_figure(
@@ -408,7 +459,7 @@ class Callback:
     def on_skipped(self, trainer: "Trainer", reason: str) -> None: ... # and why
     def on_step_end(self, trainer: "Trainer") -> None: ... # its history has a new row
     def on_evaluated(self, trainer: "Trainer", evaluation: Evaluation) -> None: ... # and what was measured
-    def on_saved(self, trainer: "Trainer", path: Path) -> None: ... # and the new checkpoint (on other ranks: the folder)
+    def on_saved(self, trainer: "Trainer", path: Path) -> None: ... # and the new checkpoint (on other ranks: the run's folder)
     def on_epoch_end(self, trainer: "Trainer") -> None: ... # its `epoch` is the one that is over
     def on_fit_end(self, trainer: "Trainer") -> None: ... # whatever happened
 
@@ -419,7 +470,7 @@ class Callback:
     def load_state_dict(self, state: dict[str, State]) -> None: # what `state_dict` returned
         "Take it back."
 
-
+# %% ../../nbs/43_training.trainer.ipynb #360b0504
 def _emit(
     trainer: "Trainer", # handed to each callback
     event: str, # one of EVENTS
@@ -442,9 +493,9 @@ def _next_epoch(
     trainer: "Trainer", # whose data moves on
 ) -> None:
     "Leave out what is left of an epoch. Raises InputError where data has none."
-    if not hasattr(trainer.train_data, "next_epoch"):
+    if not isinstance(trainer.train_data, EpochSource):
         what = f"{type(trainer.train_data).__name__} has no epochs to skip"
-        raise InputError(what, fix="give the source a next_epoch(), or raise StopTraining")
+        raise InputError(what, fix="give the source an epoch and a next_epoch(), or raise StopTraining")
     trainer.train_data.next_epoch()
 
 # %% ../../nbs/43_training.trainer.ipynb #b83155fd
@@ -500,88 +551,6 @@ class TrainConfig(OptimConfig):
     max_bad_share: float = Field(0.1, ge=0, le=1) # share of unusable steps (NaN, infinite, too little memory) that ends the run …
     min_bad: int = Field(5, ge=1) # … once there are this many
     seed: int = Field(0, ge=0) # of everything random during training
-
-# %% ../../nbs/43_training.trainer.ipynb #9da9926a
-@dataclass(slots=True)
-class LossScale:
-    "The factor on an fp16 loss. Micikevicius et al. 2018."
-
-    value: float = 65536.0 # the factor now
-    growth_every: int = 2000 # usable steps until it is doubled
-    good: int = 0 # usable steps since it last changed
-
-    def unscale(
-        self,
-        parameters: Iterable[nn.Parameter], # with gradients of the scaled loss
-    ) -> None:
-        "Divide all gradients by the factor."
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(1 / self.value)
-
-    def update(
-        self,
-        usable: bool, # whether the gradients were finite
-    ) -> None:
-        "Halve after an overflow, double after many steps without one."
-        self.good = self.good + 1 if usable else 0
-        if not usable or self.good == self.growth_every:
-            self.value, self.good = self.value * (2.0 if usable else 0.5), 0
-
-    def state_dict(self) -> dict[str, State]: # for a checkpoint
-        "Where it stands."
-        return {"value": self.value, "good": self.good}
-
-    def load_state_dict(
-        self,
-        state: Mapping[str, Any], # from `state_dict`
-    ) -> None:
-        "Go back there."
-        self.value, self.good = float(state["value"]), int(state["good"])
-
-# %% ../../nbs/43_training.trainer.ipynb #6708e02f
-def _recomputable(
-    model: nn.Module, # of ours or of Hugging Face's
-) -> tuple[list[Block], list[Any]]: # our blocks; their models that have a switch of their own
-    "What can be computed again. Raises InputError when there is nothing."
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
-    theirs = [module for module in model.modules() if getattr(module, "supports_gradient_checkpointing", False)]
-    if not blocks and not theirs:
-        what = f"{type(model).__name__} has no blocks to recompute"
-        raise InputError(what, where="recompute", fix="use one of our models or one of transformers, or leave it off")
-    return blocks, theirs[:1]
-
-
-def _again(
-    forward: Callable[..., Tensor], # of a block
-    *args: object, # its arguments
-    **options: object, # likewise
-) -> Tensor: # what it returns
-    "Compute without keeping the inside, where there will be a backward pass."
-    if not torch.is_grad_enabled():
-        return forward(*args, **options)
-    from torch.utils.checkpoint import checkpoint
-    return checkpoint(forward, *args, use_reentrant=False, **options) # type: ignore[no-any-return]
-
-
-@contextlib.contextmanager
-def recomputing(
-    model: nn.Module, # of ours or of Hugging Face's
-) -> Iterator[None]:
-    "Inside, blocks keep their input only and are computed again for backward. Raises InputError for models without. Chen et al. 2016."
-    blocks, theirs = _recomputable(model)
-    for block in blocks:
-        block.forward = functools.partial(_again, block.forward) # type: ignore[method-assign]
-    switched = [module for module in theirs if not module.is_gradient_checkpointing]
-    for module in switched:
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward # the class's own is back
-        for module in switched:
-            module.gradient_checkpointing_disable()
 
 # %% ../../nbs/43_training.trainer.ipynb #0c575f1d
 def random_state() -> dict[str, State]: # for a checkpoint
@@ -673,7 +642,8 @@ class Trainer:
         if self.config.recompute:
             _recomputable(model)
         network = self.strategy.wrap(model, self.device)
-        self.model, self.network = model, torch.compile(network) if self.config.compile else network # the second is what computes
+        self.model = model # what is saved; the network is what computes
+        self.network = cast(nn.Module, torch.compile(network)) if self.config.compile else network
         self.train_data, self.valid_data, self.loss = train_data, valid_data, loss
         self.callbacks, self.folder = list(callbacks), Path(folder) if folder else None
         self.optimizer = build_optimizer(self.model, self.config)
@@ -817,13 +787,13 @@ def _learn(
     n_tokens: int, # in all of them
 ) -> tuple[float, float]: # nats per token, length of the gradient before clipping
     "Gradients of one step. Raises SkipStep when they must not be used."
-    autocast, strategy, cuts = _autocast(trainer.device, trainer.config.precision), trainer.strategy, trainer.pieces
+    autocast, cuts = _autocast(trainer.device, trainer.config.precision), trainer.pieces
     scale = trainer.loss_scale.value if trainer.loss_scale else 1.0
     while True:
-        pieces, idle = _share(batches, cuts, strategy)
+        pieces, idle = _share(batches, cuts, trainer.strategy)
         try:
-            there = [piece.to(trainer.device) for piece in pieces]
-            loss = add_gradients(trainer.network, there, trainer.loss, autocast, n_tokens=n_tokens, idle=idle, strategy=strategy, scale=scale)
+            loss = add_gradients(trainer.network, [piece.to(trainer.device) for piece in pieces], trainer.loss, autocast,
+                                 n_tokens=n_tokens, idle=idle, strategy=trainer.strategy, scale=scale)
             break
         except RuntimeError as error:
             if not _out_of_memory(error):
@@ -916,7 +886,7 @@ def _save_if_due(
 # %% ../../nbs/43_training.trainer.ipynb #c77c6143
 def _save(
     trainer: Trainer, # between two steps, or nothing is saved
-    data: Mapping[str, object] | None = None, # where the data stood then (None: where it stands)
+    data: Mapping[str, Any] | None = None, # where the data stood then (None: where it stands)
 ) -> None:
     "Write a checkpoint of everything the next step depends on; if rank 0 cannot, all ranks raise."
     if trainer.folder is None or trainer._saved == trainer.step:
@@ -941,14 +911,14 @@ def _save(
 
 def _state(
     trainer: Trainer, # between two steps
-    data: Mapping[str, object], # where its data stands
+    data: Mapping[str, Any], # where its data stands
 ) -> dict[str, State]:
     "What a checkpoint holds besides the tensors."
     return {
         "step": trainer.step, "pieces": trainer.pieces, "config": trainer.config.model_dump(mode="json"), "data": data,
         "history": trainer.history.to_json(), "random": random_state(), "epoch": trainer.epoch,
         "callbacks": [[type(c).__name__, c.state_dict()] for c in trainer.callbacks],
-        "loss_scale": trainer.loss_scale.state_dict() if trainer.loss_scale else None,
+        "loss_scale": asdict(trainer.loss_scale) if trainer.loss_scale else None,
     }
 
 # %% ../../nbs/43_training.trainer.ipynb #3cc1f200
@@ -986,7 +956,7 @@ def _restore(
     trainer.history = History.from_json(state["history"])
     trainer.epoch = state.get("epoch", getattr(trainer.train_data, "epoch", None)) # older checkpoints had none
     if trainer.loss_scale and state.get("loss_scale"):
-        trainer.loss_scale.load_state_dict(state["loss_scale"])
+        trainer.loss_scale = LossScale(**state["loss_scale"])
     _restore_callbacks(trainer, state["callbacks"])
     old = TrainConfig().model_dump(mode="json") | state["config"]
     changed = [f"{key} {old.get(key)} → {value}" for key, value in trainer.config.model_dump(mode="json").items() if old.get(key) != value]
