@@ -426,3 +426,20 @@ def _bench_train_step(
     from mmie.bench import bench_train_step
     for table in bench_train_step(batch, length, repeats, compiled):
         typer.echo(f"{table}\n")
+
+# %% ../nbs/94_cli.ipynb #bd9090f4
+@_bench.command("train", epilog="Shorter:  mmie bench train --steps 3 --repeats 1")
+def _bench_train(
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run.")] = 10, # steps
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 8, # rows
+    length: Annotated[int, typer.Option(min=2, max=1024, help="Tokens in each.")] = 256, # tokens
+    repeats: _Repeats = 3, # rounds
+    megabytes: Annotated[float, typer.Option(min=0.1, help="How much of this installation's Python source to learn.")] = 4.0, # of text
+) -> None:
+    """Train from the same weights with our trainer, a plain loop and transformers' Trainer, in turns.
+
+    Each also says at which loss it ended: who learns less isn't faster.
+    """
+    from mmie.bench import bench_train
+    for line in bench_train(steps, batch, length, repeats, megabytes):
+        typer.echo(f"{line}\n")

@@ -13,13 +13,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import Store
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -285,7 +288,7 @@ class Sharded(_Ranks):
     ) -> nn.Module: # the same one
         "Shard in place, from rank 0's weights. Raises InputError for unsuitable devices, and for blocks that share weights."
         _check_device(device)
-        mesh, units = dist.init_device_mesh(device.type, (self.ranks,)), [*sharding_units(model), model]
+        mesh, units = init_device_mesh(device.type, (self.ranks,)), [*sharding_units(model), model]
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32 if self.dtype else None)
         for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
             dist.broadcast(tensor.detach(), 0)
@@ -340,7 +343,7 @@ def _join(
     launch: Launch, # who this process is
     device: str, # as in a TrainConfig
     timeout: float, # seconds
-) -> dist.Store: # a table that all processes can read and write
+) -> Store: # a table that all processes can read and write
     "Connect the processes. Raises InputError when there is no GPU for this rank."
     backend, limit = "gloo", datetime.timedelta(seconds=timeout)
     if resolve_device(device).type == "cuda":
@@ -348,21 +351,25 @@ def _join(
             raise InputError(f"there is no GPU for local rank {launch.local_rank}", fix=f"start at most {here} processes on this machine")
         torch.cuda.set_device(launch.local_rank)
         backend = "cpu:gloo,cuda:nccl"
-    store, rank, ranks = next(dist.rendezvous("env://", timeout=limit))
+    store, rank, ranks = next(rendezvous("env://", timeout=limit))
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=limit)
-    return cast(dist.Store, store)
+    return store
 
 # %% ../../nbs/45_training.distributed.ipynb #17f3be23
 _LOST = re.compile(r"closed by peer|reset by peer|broken pipe|timed? ?out|NCCL", re.IGNORECASE)
 
 
 def _first_reason(
-    store: dist.Store, # of all ranks
+    store: Store, # of all ranks
     reason: str, # why this one leaves
+    patience: float, # seconds in which others may be first
 ) -> str: # why the first one left
     "Write it down, unless somebody was first."
     store.set_timeout(datetime.timedelta(seconds=5))
     try:
+        if patience:
+            with contextlib.suppress(dist.DistStoreError): # nobody wrote anything
+                store.wait(["mmie/failed"], datetime.timedelta(seconds=patience))
         return str(store.compare_set("mmie/failed", "", reason).decode())
     except RuntimeError: # the table was in the process that is gone
         return reason
@@ -371,7 +378,7 @@ def _first_reason(
 def _farewell(
     error: BaseException, # why this rank leaves
     launch: Launch, # who it is
-    store: dist.Store, # of all ranks
+    store: Store, # of all ranks
 ) -> BaseException: # what to raise: the error itself on the rank that failed first, a line about it on the others
     "Sort out who failed and who merely noticed."
     if isinstance(error, KeyboardInterrupt | SystemExit):
@@ -379,7 +386,7 @@ def _farewell(
     lost = isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
     told = "lost the others: one was killed, hangs, or its machine is gone" if lost else f"failed: {type(error).__name__}: {error}"
     reason = f"rank {launch.rank} {told}"
-    first = _first_reason(store, reason)
+    first = _first_reason(store, reason, patience=min(1.0, launch.rank))
     if first != reason:
         return SystemExit(f"rank {launch.rank} ends, because {first}")
     get_error_handler().record_exception(error) # for torchrun's summary
@@ -421,7 +428,7 @@ def distributed(
     timeout: float = 600.0, # seconds to wait for another rank
     dtype: torch.dtype | None = None, # fsdp only: gather and compute in this type, such as torch.bfloat16
 ) -> AbstractContextManager[Strategy]: # for the trainer; `SingleProcess` where this process is alone
-    "Join the processes that the launcher started, for as long as the `with` block lasts. Raises InputError for an unknown kind or a half-set environment."
+    "Join the processes that were launched, for the `with` block. Raises InputError for an unknown kind or a half-set environment."
     if kind not in ("ddp", "fsdp"):
         raise InputError(f"there is no strategy {kind!r}", where="kind", fix=did_you_mean(kind, ["ddp", "fsdp"]))
     if dtype is not None and kind != "fsdp":
