@@ -75,7 +75,7 @@ class Strategy(Protocol):
     def scatter(self, model: nn.Module, optimizer: NamedOptimizer, model_state: dict, optimizer_state: dict) -> None: ... # the way back
     def wait(self) -> None: ... # until all are here
 
-# %% ../../nbs/43_training.trainer.ipynb #10dfdb4a
+
 class SingleProcess:
     "Nobody to ask."
 
@@ -106,7 +106,7 @@ class SingleProcess:
     def wait(self) -> None: # nobody to wait for
         pass
 
-# %% ../../nbs/43_training.trainer.ipynb #34dd04b0
+# %% ../../nbs/43_training.trainer.ipynb #10dfdb4a
 def _share(
     batches: Sequence[TrainingBatch], # of one step, the same on every rank
     pieces: int, # cut each batch's share into this many
@@ -118,7 +118,7 @@ def _share(
     idle = strategy.rounds(len(own)) - len(own)
     return (own + batches[0].split(len(batches[0]))[:1] * idle if idle else own), idle
 
-# %% ../../nbs/43_training.trainer.ipynb #695fd53b
+
 def add_gradients(
     model: nn.Module, # gradients are added to its parameters
     batches: Sequence[TrainingBatch], # the pieces of one step, on the model's device
@@ -195,7 +195,7 @@ def _autocast(
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, dtype=torch.float16 if precision == "fp16" else torch.bfloat16)
 
-# %% ../../nbs/43_training.trainer.ipynb #797aba64
+
 def evaluate(
     model: nn.Module, # ids → logits
     source: EvaluationSource, # what to score
@@ -287,7 +287,7 @@ def _again(
     result: Tensor = checkpoint(forward, *args, use_reentrant=False, **options)
     return result
 
-# %% ../../nbs/43_training.trainer.ipynb #b48e5a11
+
 @contextlib.contextmanager
 def recomputing(
     model: nn.Module, # of ours or of Hugging Face's
@@ -448,7 +448,7 @@ class SkipEpoch(SkipStep):
 class TrainingError(RuntimeError):
     "The run cannot go on: the data failed, or too many steps had no usable gradient."
 
-# %% ../../nbs/43_training.trainer.ipynb #fbea9a0c
+
 class Callback:
     "Override what you need."
 
@@ -605,7 +605,7 @@ class _Interrupts:
             self.agreed = True
             self._leave(signal.SIGINT if interrupted else signal.SIGTERM)
 
-# %% ../../nbs/43_training.trainer.ipynb #be8fa159
+
 def _out_of_memory(
     error: RuntimeError, # from a forward or backward pass
 ) -> bool:
@@ -682,7 +682,7 @@ def _run(
     finally:
         _emit(trainer, "fit_end")
 
-# %% ../../nbs/43_training.trainer.ipynb #7aa75fdd
+
 def _loop(
     trainer: Trainer, # until its steps are done
     interrupts: _Interrupts, # looked at between steps
@@ -699,7 +699,7 @@ def _loop(
     if trainer.epoch is not None:
         _emit(trainer, "epoch_end")
 
-
+# %% ../../nbs/43_training.trainer.ipynb #7aa75fdd
 def _turn_epoch(
     trainer: Trainer, # about to take a step
 ) -> None:
@@ -712,7 +712,7 @@ def _turn_epoch(
         _emit(trainer, "epoch_start")
         now = getattr(trainer.train_data, "epoch", None)
 
-# %% ../../nbs/43_training.trainer.ipynb #3a9aae51
+
 def _run_step(
     trainer: Trainer, # moves on by one step
 ) -> None:
@@ -855,7 +855,7 @@ def _give_up_if_hopeless(
         step, reason = history.skipped[-1]
         raise TrainingError(f"{bad} of {steps} steps had no usable gradient; at step {step}: {reason}")
 
-# %% ../../nbs/43_training.trainer.ipynb #a397788f
+# %% ../../nbs/43_training.trainer.ipynb #9a03511c
 def _evaluate_if_due(
     trainer: Trainer, # its history gets the result
     interrupts: _Interrupts, # looked at between batches
@@ -874,7 +874,7 @@ def _evaluate_if_due(
         _log.warning("step %d: the held-out loss is %s", step, loss)
     _emit(trainer, "evaluated", done[-1])
 
-# %% ../../nbs/43_training.trainer.ipynb #56f2a91f
+
 def _save_if_due(
     trainer: Trainer, # with a folder or without
 ) -> None:
