@@ -392,7 +392,10 @@ def _farewell(
     get_error_handler().record_exception(error) # for torchrun's summary
     return ConnectionError(reason) if lost else error
 
-# %% ../../nbs/45_training.distributed.ipynb #fe70ceae
+# %% ../../nbs/45_training.distributed.ipynb #8c12843d
+_CONNECTED: list[object] = []
+
+
 @contextlib.contextmanager
 def _session(
     strategy: "Replicated | Sharded", # of this process
@@ -402,6 +405,7 @@ def _session(
 ) -> Iterator[Strategy]: # the same one
     "Connect, work, disconnect."
     store = _join(launch, device, timeout)
+    _CONNECTED.append(dist.group.WORLD)
     try:
         yield strategy
         strategy.wait() # nobody hangs up while others are still talking
