@@ -52,7 +52,7 @@ def saved_bytes(
         return kept
     with saved_tensors_hooks(keep, lambda kept: kept.tensor):
         result = fn()
-    held = [kept.tensor for ref in seen if (kept := ref()) is not None]
+    held = [kept.tensor for ref in seen if (kept := ref()) is not None and kept.tensor.dim()] # single numbers don't count
     del result # whose graph had to live until here
     return tensor_bytes([held, known]) - tensor_bytes(known)
 
@@ -108,7 +108,7 @@ def activation_bytes(
     numbers += c.vocab_size * d if chunked else tokens * c.vocab_size
     if not recompute:
         numbers += _rope_tables(c, length)
-    return 4 * numbers + 8 * (not chunked) # how many targets there are, to divide by; a whole number has eight bytes
+    return 4 * numbers
 
 # %% ../../nbs/49_training.costs.ipynb #51119282
 @dataclass(frozen=True, slots=True)
@@ -162,34 +162,41 @@ class TwoPartModel(Protocol):
     def features(self, ids: Tensor) -> Tensor: ... # (batch, length) → (batch, length, d_model)
     def logits(self, features: Tensor) -> Tensor: ... # (..., d_model) → (..., vocab)
 
+def _there_and_back(
+    part: Tensor, # (rows, d_model) features, changed into a leaf
+    targets: Tensor, # (rows,) long, IGNORE where there is none
+    write: Callable[[Tensor], Tensor], # features (rows, d_model) → logits (rows, vocab)
+    weights: Sequence[Tensor], # that `write` uses
+    grads: Sequence[Tensor], # of these weights, added to
+) -> tuple[Tensor, Tensor]: # () the loss, and its gradient for the features
+    "One chunk forward, and back at once. Whatever is as wide as the vocabulary is gone at the end."
+    with torch.enable_grad():
+        loss = next_token_loss(write(part.requires_grad_()), targets) * (targets != IGNORE).sum()
+    below, *found = torch.autograd.grad(loss, [part, *weights])
+    for grad, more in zip(grads, found, strict=True):
+        grad.add_(more)
+    return loss.detach(), below
+
+# %% ../../nbs/49_training.costs.ipynb #2791a320
 class _ChunkedLoss(torch.autograd.Function):
     "Loss and gradients, chunk by chunk."
     @staticmethod
     def forward(
         ctx: FunctionCtx, # keeps the gradients
         features: Tensor, # (tokens, d_model)
-        targets: Tensor, # (tokens,) long, IGNORE where there is none
-        write: Callable[[Tensor], Tensor], # features (rows, d_model) → logits (rows, vocab)
+        targets: Tensor, # (tokens,) long
+        write: Callable[[Tensor], Tensor], # features → logits
         rows: int, # tokens a chunk
-        wanted: bool, # whether there will be a backward pass
         *weights: Tensor, # that `write` uses
     ) -> Tensor: # () sum over the targets
-        "Each chunk forward, and back at once."
+        "All chunks in turn."
         total = torch.zeros((), dtype=torch.promote_types(features.dtype, torch.float32), device=features.device)
-        grads = [torch.zeros_like(weight) for weight in weights] if wanted else []
-        below = torch.empty_like(features) if wanted else None
+        grads, below = [torch.zeros_like(weight) for weight in weights], torch.empty_like(features)
         for at in range(0, len(features), rows):
-            part, target = features[at:at + rows].detach(), targets[at:at + rows]
-            with torch.set_grad_enabled(wanted):
-                part.requires_grad_(wanted)
-                loss = next_token_loss(write(part), target) * (target != IGNORE).sum()
-            total += loss.detach()
-            if below is not None:
-                below[at:at + rows], *found = torch.autograd.grad(loss, [part, *weights])
-                for grad, more in zip(grads, found, strict=True):
-                    grad.add_(more)
-        if below is not None:
-            ctx.save_for_backward(below, *grads)
+            here = slice(at, at + rows)
+            loss, below[here] = _there_and_back(features[here].detach(), targets[here], write, weights, grads)
+            total += loss
+        ctx.save_for_backward(below, *grads)
         return total
 
     @staticmethod
@@ -197,7 +204,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: FunctionCtx, outer: Tensor) -> tuple[Tensor | None, ...]: # outer: () what the sum was multiplied by
         "The gradients, scaled."
         below, *grads = (grad * outer.to(grad.dtype) for grad in ctx.saved_tensors) # type: ignore[attr-defined]
-        return below, None, None, None, None, *grads
+        return below, None, None, None, *grads
 
 # %% ../../nbs/49_training.costs.ipynb #5f19e20d
 def _writers_weights(
@@ -225,10 +232,12 @@ def chunked_next_token_sum(
     two = cast(TwoPartModel, model)
     options = {} if batch.documents is None else {"documents": batch.documents}
     features = two.features(batch.inputs, **options).flatten(0, -2)
-    wanted = torch.is_grad_enabled() and features.requires_grad
-    weights = _writers_weights(model, features) if wanted else []
-    total: Tensor = _ChunkedLoss.apply(features, batch.targets.flatten(), two.logits, rows, wanted, *weights)
-    return total
+    targets = batch.targets.flatten()
+    if torch.is_grad_enabled() and features.requires_grad:
+        total: Tensor = _ChunkedLoss.apply(features, targets, two.logits, rows, *_writers_weights(model, features))
+        return total
+    parts = zip(features.split(rows), targets.split(rows), strict=True)
+    return torch.stack([next_token_loss(two.logits(part), target) * (target != IGNORE).sum() for part, target in parts]).sum()
 
 # %% ../../nbs/49_training.costs.ipynb #c4fcd20c
 @dataclass(frozen=True, slots=True)
@@ -312,7 +321,8 @@ def memory_plan(
     tokens = piece * length
     kept = activation_bytes(config, piece, length, recompute=recompute, chunked=chunked)
     logits, writer = 4 * tokens * vocab, 4 * vocab * d
-    loss = 12 * min(rows, tokens) * vocab + writer if chunked else logits
+    loss = 8 * min(rows, tokens) * vocab if chunked else logits
+    loss += 8 * min(2**19, tokens * vocab) # the loss works on half a million numbers at a time
     loss -= numbers if pieces == 1 else 0 # where the gradients will be
     layer = 4 * tokens * sum(activation_numbers(config).values()) - (writer if chunked else logits) # when its turn comes, the loss is gone
     return MemoryPlan(numbers, numbers, 2 * numbers, kept, max(loss, layer if recompute else 0, 0))
