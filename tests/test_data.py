@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmie.core import InputError
-from mmie.models.decoder import IGNORE
+from mmie.models.decoder import IGNORE, DecoderLM, ModelConfig
 from mmie.tokenization.base import ByteTokenizer
 from mmie.tokenization.bpe import BPETokenizer
 from mmie.tokenization.corpora import Document
@@ -33,6 +33,7 @@ from mmie.training.data import (
     document_batches,
     write_tokens,
 )
+from mmie.training.trainer import TrainConfig, Trainer
 
 EOS = 0
 TOKENIZER = ByteTokenizer(["<|end|>"])
@@ -323,3 +324,39 @@ def test_states_of_others_are_refused() -> None:
     for wrong in ({"length": 0}, {"length": 5, "batch_size": 0}):
         with pytest.raises(InputError, match="use at least 1"):
             PackedDocuments(tokens, **({"batch_size": 1} | wrong))
+
+
+def tiny(**changes: object) -> DecoderLM:
+    torch.manual_seed(0)
+    return DecoderLM(ModelConfig(**({"vocab_size": 257, "d_model": 32, "n_layers": 2, "n_heads": 2, "hidden": 64, "max_length": 64} | changes)))
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": 8}, {"positions": "alibi"}, {"attention": "latent"}, {"positions": "learned"}])
+def test_packed_rows_by_rule_and_by_matrix(changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny(**changes).double(), torch.randint(0, 257, (2, 40))
+    documents = torch.tensor([[0] * 10 + [1] * 20 + [2] * 6 + [-1] * 4, [0] * 40])
+    with torch.no_grad():
+        by_rule = model(ids, documents=documents)
+        compiled = by_rule if changes else torch.compile(model, backend="eager", fullgraph=True)(ids, documents=documents)
+        alone = model(ids[:1, 10:30])
+        monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+        by_matrix = model(ids, documents=documents)
+    torch.testing.assert_close(by_matrix, by_rule, rtol=0, atol=1e-12)
+    torch.testing.assert_close(compiled, by_rule, rtol=0, atol=1e-12)
+    torch.testing.assert_close(by_rule[:1, 10:30], alone, rtol=0, atol=1e-12)
+
+
+def test_a_run_on_fetched_mixtures_resumes_exactly(tmp_path: Path) -> None:
+    tokens = write_tokens([Document(str(i), f"text {i} " * (1 + i % 9)) for i in range(60)], TOKENIZER, tmp_path / "tokens", eos_id=256)
+
+    def run(steps: int, resume: Path | None = None) -> tuple[list[float], dict[str, torch.Tensor]]:
+        mixed = Mixture({"packed": PackedDocuments(tokens, 48, 4), "windows": EpochWindows(tokens, 24, 4)}, {"packed": 2, "windows": 1})
+        config = TrainConfig(steps=steps, schedule="constant", warmup=0, device="cpu", checkpoint_every=3)
+        with Prefetched(mixed) as data:
+            trainer = Trainer(tiny(), data, config=config, folder=tmp_path / ("b" if resume or steps < 9 else "a"))
+            history = trainer.fit(resume=resume)
+        return history.losses, trainer.model.state_dict()
+    losses, weights = run(9)
+    run(5)
+    again, resumed = run(9, tmp_path / "b")
+    assert again == losses and all(weights[name].equal(resumed[name]) for name in weights)
