@@ -7,16 +7,16 @@ __all__ = ['Saying', 'SAYINGS', 'START', 'END', 'DIGITS_APART', 'Encoded', 'Text
            'shared_tokenizer', 'PairBatch', 'encode_texts', 'collate_texts', 'TextPairBatches', 'HeldOutTexts',
            'pair_logits', 'pair_loss', 'peeks', 'translate', 'Translated', 'TranslationReport', 'report_signatures',
            'worst_translations', 'report_table', 'score_translations', 'token_words', 'Alignment', 'align_words',
-           'alignment_figure', 'SkippedEntry', 'ParallelText', 'read_aligned', 'read_tsv', 'read_jsonl', 'read_po',
-           'read_parallel', 'save_translator', 'load_translator']
+           'erase_words', 'alignment_figure', 'SkippedEntry', 'ParallelText', 'read_aligned', 'read_tsv', 'read_jsonl',
+           'read_po', 'read_parallel', 'save_translator', 'load_translator']
 
 # %% ../../nbs/48_training.translation.ipynb #744fa409
 import datetime
 import hashlib
+import html
 import json
 import logging
 import re
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -30,13 +30,13 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..core import InputError, did_you_mean, inference
-from ..measure import html_table, text_table
+from ..measure import text_table
 from ..models.decoder import IGNORE, next_token_loss
 from ..models.encoder_decoder import (EncoderDecoderLM, WithSource, cross_maps, load_encoder_decoder, pad_sources, save_encoder_decoder,
                                          shift_right)
 from ..models.generation import generate
 from ..models.search import beam_search
-from ..tokenization.base import BaseTokenizer, budget_batches, load_tokenizer
+from ..tokenization.base import BaseTokenizer, as_tensors, budget_batches, load_tokenizer, pad
 from ..tokenization.bpe import BPETokenizer
 from .data import SourceState
 from .finetune import Score
@@ -315,8 +315,8 @@ def collate_texts(
     start_id: int, # what every target begins with
 ) -> PairBatch:
     "Rows of different lengths as one batch."
-    (source, real), (labels, counts) = (pad_sources(side) for side in zip(*rows, strict=True))
-    return PairBatch(source, real, labels.masked_fill(~counts, IGNORE), start_id)
+    (source, real), (labels, _) = (as_tensors(*pad(side, fill)) for side, fill in zip(zip(*rows, strict=True), (0, IGNORE), strict=True))
+    return PairBatch(source, real, labels, start_id)
 
 # %% ../../nbs/48_training.translation.ipynb #0ab58171
 class TextPairBatches:
@@ -573,15 +573,17 @@ def token_words(
     tokenizer: BaseTokenizer, # of the ids
     ids: Sequence[int], # of one text
 ) -> list[tuple[str, list[int]]]: # each word, and the places of its tokens
-    "Group tokens: bytes to characters, digits to numbers, spaces to what follows."
+    "Group tokens: bytes to characters, digits to numbers, pieces to words; punctuation goes with what it follows."
     words, held = list[tuple[str, list[int]]](), list[int]()
     for place in range(len(ids)):
         held.append(place)
         text = tokenizer.decode([ids[i] for i in held])
         if "\ufffd" in text or not text.strip():
             continue
-        if words and text.isdigit() and words[-1][0].isdigit():
-            words[-1] = words[-1][0] + text, words[-1][1] + held
+        last = words[-1][0] if words else ""
+        goes_on = text[0].islower() and last[-1:].isalpha() # scripts without case: every token is a word
+        if last and (goes_on or (text.isdigit() and last.isdigit()) or not any(map(str.isalnum, text))):
+            words[-1] = last + text.strip(), words[-1][1] + held
         else:
             words.append((text.strip(), held))
         held = []
@@ -589,20 +591,34 @@ def token_words(
         words[-1][1].extend(held)
     return words
 
-# %% ../../nbs/48_training.translation.ipynb #e75508f6
+# %% ../../nbs/48_training.translation.ipynb #58034adb
 @dataclass(frozen=True, slots=True)
 class Alignment:
     "What each word of a translation was written from."
     source: tuple[str, ...] # words that were read
     target: tuple[str, ...] # words that were written
-    weights: Tensor # (target words, source words); rows sum to 1, or less if attention went to nobody's word
+    weights: Tensor # (target words, source words) from 0 to 1; rows sum to 1, or to less where something went to nobody's word
 
     @property
     def looks(self) -> list[str]: # for each word written
-        "The source word that each target word looked at most."
+        "The source word that counts most for each target word."
         return [self.source[i] for i in self.weights.argmax(1).tolist()]
 
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{html.escape(word)}</th>" for word in ("", *self.source))
+        rows = "".join(f"<tr><th>{html.escape(word)}</th>" + "".join(
+            f'<td style="text-align:center;background:rgba(231,115,18,{0.7 * weight:.2f})">{weight:.1f}</td>' for weight in row) + "</tr>"
+            for word, row in zip(self.target, self.weights.tolist(), strict=True))
+        return f"<table><tr>{head}</tr>{rows}</table>"
 
+
+def _by_word(tokenizer: BaseTokenizer, source: list[int], target: list[int], columns: Tensor) -> Alignment:
+    "Target tokens (target length, source words) to target words, each row divided by its sum where that is above 1."
+    read, written = token_words(tokenizer, source), token_words(tokenizer, target)
+    rows = torch.stack([columns[places].mean(0) for _, places in written])
+    return Alignment(tuple(word for word, _ in read), tuple(word for word, _ in written), rows / rows.sum(1, keepdim=True).clamp(min=1))
+
+# %% ../../nbs/48_training.translation.ipynb #99d68f0b
 def align_words(
     model: EncoderDecoderLM, # trained
     tokenizer: BaseTokenizer, # its own
@@ -610,28 +626,44 @@ def align_words(
     target: str, # what is written; it needn't be what the model would write
     *,
     layer: int = -1, # of the decoder
-) -> Alignment:
-    "Where the decoder looks while it writes, words by words. Bahdanau, Cho and Bengio 2015."
+) -> Alignment: # shares of attention
+    "Where the decoder looks while it writes: one layer's cross-attention, averaged over heads. Bahdanau, Cho and Bengio 2015."
     read, written = tokenizer.encode(source), tokenizer.encode(target)
     ids = torch.tensor([[_marks(tokenizer)[0], *written]], device=model.device)
     heads = cross_maps(model, torch.tensor([read], device=model.device), ids)[layer][0]
     of_tokens = heads.mean(0)[:len(written)].cpu()
-    columns, rows = token_words(tokenizer, read), token_words(tokenizer, written)
-    by_word = torch.stack([of_tokens[:, places].sum(1) for _, places in columns], 1)
-    weights = torch.stack([by_word[places].mean(0) for _, places in rows])
-    return Alignment(tuple(word for word, _ in columns), tuple(word for word, _ in rows), weights)
+    return _by_word(tokenizer, read, written, torch.stack([of_tokens[:, places].sum(1) for _, places in token_words(tokenizer, read)], 1))
 
-# %% ../../nbs/48_training.translation.ipynb #58034adb
+# %% ../../nbs/48_training.translation.ipynb #ef921e39
+@torch.no_grad()
+def erase_words(
+    model: EncoderDecoderLM, # trained
+    tokenizer: BaseTokenizer, # its own
+    source: str, # what is read, at least two words
+    target: str, # what is written
+) -> Alignment: # shares of what each target word loses; rows of zeros: nothing matters
+    "What each target word can't do without: its log-probability, with and without each source word. Raises `InputError`."
+    (start, end), read, written = _marks(tokenizer), tokenizer.encode(source), tokenizer.encode(target)
+    words = token_words(tokenizer, read)
+    if len(words) < 2:
+        raise InputError("nothing is left of a source of one word", where="source")
+    left = [read, *([id for place, id in enumerate(read) if place not in places] for _, places in words)]
+    batch = collate_texts([(ids, [*written, end]) for ids in left], start).to(model.device)
+    with inference(model):
+        said = pair_logits(model, batch).log_softmax(-1).gather(2, batch.labels[..., None])[..., 0].float().cpu()
+    lost = (said[:1] - said[1:]).clamp(min=0)[:, :len(written)] # (words, target length) nats
+    return _by_word(tokenizer, read, written, (lost / lost.sum(0).clamp(min=1e-3)).T)
+
+# %% ../../nbs/48_training.translation.ipynb #0a330588
 def alignment_figure(
     alignments: Mapping[str, Alignment], # a title for each, two or three
-) -> "Figure":
+) -> "Figure": # letters outside of Latin, Greek, Cyrillic and Arabic need a font that has them
     "Side by side: rows were written, columns were read."
     from mmie.figures import figure, heatmap
-    fig, axes = figure(ncols=len(alignments), width=4.4 * len(alignments), height=3.6)
+    fig, axes = figure(ncols=len(alignments), width=4.4 * len(alignments), height=3.4)
     for ax, (title, one) in zip(np.atleast_1d(axes), alignments.items(), strict=True):
         heatmap(ax, one.weights, xlabels=one.source, ylabels=one.target, vmin=0, vmax=1, title=title, xlabel="read", ylabel="written",
                 values=".1f", colorbar=False)
-        ax.tick_params(axis="x", rotation=45)
     return fig
 
 # %% ../../nbs/48_training.translation.ipynb #30ce3325
