@@ -288,13 +288,14 @@ class SampleText(Callback):
         self.prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self._ids = [tokenizer.encode(prompt) for prompt in self.prompts]
         if every < 1 or not self._ids or not all(self._ids):
-            raise InputError("no prompt, or no step to write at", where="SampleText", fix="give texts, none of them empty, and every=1 or more")
+            raise InputError("no prompt, or no step to write at", where="SampleText", fix="give texts that aren't empty, and every ≥ 1")
         self.tokenizer, self.every, self.samples = tokenizer, every, list[WrittenSample]()
         self._knobs = partial(generate, max_new_tokens=max_new_tokens, temperature=temperature, eos_id=eos_id, seed=seed)
 
     def on_fit_start(self, trainer: Trainer) -> None: # before the first step
         if not hasattr(trainer.model, "new_cache"):
-            raise InputError(f"{type(trainer.model).__name__} can't write", where="SampleText", fix="use a CausalLM, or leave SampleText out")
+            name = type(trainer.model).__name__
+            raise InputError(f"{name} can't write", where="SampleText", fix="use a CausalLM, or leave SampleText out")
         if trainer.step == 0:
             self._write(trainer)
 

@@ -68,6 +68,13 @@ def _countable(
         if getattr(config, name) not in known:
             raise InputError(f"no formula for {name}={getattr(config, name)!r}", fix="count it with saved_bytes")
 
+def _rope_tables(
+    config: ModelConfig, # its shape
+    length: int, # tokens a row
+) -> int: # numbers
+    "Sines and cosines, for all rows and layers together."
+    return 2 * config.rotary_dim * max(256, 1 << (length - 1).bit_length()) if config.positions == "rope" else 0
+
 def activation_numbers(
     config: ModelConfig, # its shape
 ) -> dict[str, int]: # by part of the layer
@@ -82,14 +89,6 @@ def activation_numbers(
         "attention": heads,
         "MLP": 3 * m if config.mlp in GATED else m,
     }
-
-# %% ../../nbs/49_training.costs.ipynb #5abbc006
-def _rope_tables(
-    config: ModelConfig, # its shape
-    length: int, # tokens a row
-) -> int: # numbers
-    "Sines and cosines, for all rows and layers together."
-    return 2 * config.rotary_dim * max(256, 1 << (length - 1).bit_length()) if config.positions == "rope" else 0
 
 # %% ../../nbs/49_training.costs.ipynb #8364fc98
 def activation_bytes(
