@@ -65,6 +65,8 @@ class EarlyStopping(Callback):
         self._weights: dict[str, Tensor] = {} # of the best step, on the CPU
 
     def on_fit_start(self, trainer: Trainer) -> None: # perhaps a resumed one that this callback had stopped
+        if self.restore_best:
+            _refuse_shards(trainer.model, "restore_best", "use restore_best=False, and best_checkpoint afterwards")
         _stop_if(_verdict(self))
 
     def on_evaluated(self, trainer: Trainer, evaluation: Evaluation) -> None: # a new score
@@ -72,9 +74,8 @@ class EarlyStopping(Callback):
         _stop_if(_verdict(self))
 
     def on_fit_end(self, trainer: Trainer) -> None: # the last checkpoint has been saved
-        if self.restore_best and self.best_step >= 0 and (_verdict(self) or trainer.step >= trainer.config.steps):
-            _, optimizer = trainer.strategy.gather(trainer.model, trainer.optimizer)
-            trainer.strategy.scatter(trainer.model, trainer.optimizer, self._weights, optimizer)
+        if self._weights and (_verdict(self) or trainer.step >= trainer.config.steps):
+            trainer.model.load_state_dict(self._weights)
 
     def state_dict(self) -> dict[str, State]: # with the best weights
         return {name: getattr(self, name) for name in _STANDING} | {"weights": self._weights}
@@ -98,8 +99,7 @@ def _compare_with_best(
     if evaluation.loss < stopper.best - stopper.min_delta:
         stopper.best, stopper.best_step, stopper.waited = evaluation.loss, evaluation.step, 0
         if stopper.restore_best:
-            whole, _ = trainer.strategy.gather(trainer.model, trainer.optimizer)
-            stopper._weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in whole.items()}
+            stopper._weights = {name: t.detach().to("cpu", copy=True) for name, t in trainer.model.state_dict().items()}
 
 
 def _verdict(
@@ -123,6 +123,16 @@ def _stop_if(
     "Raise StopTraining if there is a reason to."
     if reason:
         raise StopTraining(reason)
+
+
+def _refuse_shards(
+    model: nn.Module, # about to be copied
+    where: str, # what wants the copy
+    fix: str, # what to do instead
+) -> None:
+    "Raise InputError when the model's weights are spread over processes."
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise InputError("the weights are spread over several processes and cannot be copied whole", where=where, fix=fix)
 
 # %% ../../nbs/44_training.callbacks.ipynb #0d7b8734
 class TimeLimit(Callback):
@@ -602,8 +612,7 @@ def _new_average(
     decay: float, # in the long run
 ) -> AveragedModel: # a copy of the model and a counter
     "An average of no weights yet. Raises InputError for weights that are spread over processes."
-    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
-        raise InputError("sharded weights cannot be copied whole", where="AveragedWeights", fix="leave it out, or train with DDP")
+    _refuse_shards(model, "AveragedWeights", "leave it out, or train with whole copies (DDP)")
 
     @torch.no_grad()
     def mix(averages: _Tensors, weights: _Tensors, n: Tensor | int) -> None:

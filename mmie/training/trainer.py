@@ -182,6 +182,11 @@ class Evaluation:
     loss: float # nats per scored token
     bits_per_byte: float | None # None where the source has no bytes
 
+    @property
+    def perplexity(self) -> float: # 1 is certainty, the size of the vocabulary is knowing nothing
+        "Among how many equally likely tokens the model hesitates."
+        return math.exp(self.loss)
+
 # %% ../../nbs/43_training.trainer.ipynb #203698d0
 Precision = Literal["auto", "float32", "bf16", "fp16"]
 
