@@ -663,7 +663,7 @@ def test_a_signal_at_any_event_finishes_the_step_and_saves(event: str, number: i
     assert number == signal.SIGINT or caught.value.code == 143
     assert signal.getsignal(number) is before
     saved = checkpoint_info(latest_checkpoint(tmp_path / "run")).step
-    assert saved == {"fit_start": 1, "step_start": 8, "gradients": 8, "step_end": 7, "evaluated": 20, "saved": 6}[event]
+    assert saved == {"fit_start": 0, "step_start": 8, "gradients": 8, "step_end": 7, "evaluated": 20, "saved": 6}[event]
     rest, straight = trainer("plain", tmp_path / "run", seed=5, steps=24, checkpoint_every=6), trainer("plain", tmp_path / "straight", steps=24, checkpoint_every=6)
     rest.fit(resume=tmp_path / "run")
     straight.fit()
