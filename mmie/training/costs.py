@@ -170,11 +170,16 @@ def _there_and_back(
 ) -> tuple[Tensor, Tensor]: # () the loss, and its gradient for the features
     "One chunk forward, and back at once. Whatever is as wide as the vocabulary is gone at the end."
     with torch.enable_grad():
-        loss = next_token_loss(write(part.requires_grad_()), targets) * (targets != IGNORE).sum()
-    below, *found = torch.autograd.grad(loss, [part, *weights])
+        logits = write(part.requires_grad_())
+    real = targets != IGNORE
+    target = targets.where(real, 0)[:, None]
+    logp = logits.detach().log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    loss = -logp.gather(1, target)[:, 0].mul(real).sum()
+    slope = logp.exp_().scatter_add_(1, target, logp.new_full((), -1).expand_as(target)).mul_(real[:, None])
+    below, *found = torch.autograd.grad(logits, [part, *weights], slope.to(logits.dtype))
     for grad, more in zip(grads, found, strict=True):
         grad.add_(more)
-    return loss.detach(), below
+    return loss, below
 
 # %% ../../nbs/49_training.costs.ipynb #2791a320
 class _ChunkedLoss(torch.autograd.Function):
@@ -320,8 +325,8 @@ def memory_plan(
     tokens = piece * length
     kept = activation_bytes(config, piece, length, recompute=recompute, chunked=chunked)
     logits, writer = 4 * tokens * vocab, 4 * vocab * d
-    loss = 8 * min(rows, tokens) * vocab if chunked else logits
-    loss += 8 * min(2**19, tokens * vocab) # the loss works on half a million numbers at a time
+    whole = logits + 8 * min(2**19, tokens * vocab) # next_token_loss works on half a million numbers at a time
+    loss = 8 * min(rows, tokens) * vocab if chunked else whole
     loss -= numbers if pieces == 1 else 0 # where the gradients will be
     layer = 4 * tokens * sum(activation_numbers(config).values()) - (writer if chunked else logits) # when its turn comes, the loss is gone
     return MemoryPlan(numbers, numbers, 2 * numbers, kept, max(loss, layer if recompute else 0, 0))

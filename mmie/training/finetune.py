@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['QAPair', 'first_sentence', 'Questions', 'python_questions', 'ChatTokenizer', 'ChatTemplate', 'jinja_template',
-           'Message', 'Dialogue', 'Example', 'ChatFormat', 'MarkedChat', 'encode_pair', 'collate', 'pack_rows',
-           'collate_packed', 'HubVocabulary', 'HubChat', 'chat_format', 'add_marks', 'grouped_batches', 'ChatBatches',
-           'HeldOutPairs', 'RejectedRow', 'check_dialogues', 'read_dialogues', 'read_pairs', 'answers', 'answer',
-           'wilson_interval', 'Score', 'Graded', 'ExactMatch', 'exact_match', 'exam_figure']
+           'Message', 'Dialogue', 'Example', 'ChatFormat', 'MarkedChat', 'encode_pair', 'collate', 'collate_packed',
+           'HubVocabulary', 'HubChat', 'chat_format', 'add_marks', 'grouped_batches', 'ChatBatches', 'HeldOutPairs',
+           'RejectedRow', 'check_dialogues', 'read_dialogues', 'read_pairs', 'answers', 'answer', 'wilson_interval',
+           'Score', 'Graded', 'ExactMatch', 'exact_match', 'exam_figure']
 
 # %% ../../nbs/46_training.finetune.ipynb #54527cef
 import ast
-import bisect
 import builtins
 import calendar
 import hashlib
@@ -44,7 +43,7 @@ from ..models.decoder import IGNORE
 from ..models.generation import CausalLM, generate
 from ..models.pretrained import HFCausalLM
 from ..tokenization.base import BaseTokenizer
-from .data import Batch
+from .data import Batch, SourceState, best_fit
 
 # %% ../../nbs/46_training.finetune.ipynb #db40b12e
 if TYPE_CHECKING:
@@ -491,25 +490,6 @@ def collate(
         targets[row, :len(example.ids) - 1] = _targets(example)
     return Batch(inputs, targets)
 
-# %% ../../nbs/46_training.finetune.ipynb #21c50313
-def pack_rows(
-    lengths: Sequence[int], # of what is to be packed, none above `room`
-    room: int, # of a row
-) -> list[list[int]]: # indices for each row; each occurs once
-    "Fill rows of one length: longest first, each where it leaves the least space. Raises `InputError` if one is longer than a row."
-    if too_long := [n for n in lengths if n > room]:
-        raise InputError(f"{too_long[0]} tokens don't fit into a row of {room}", where="lengths")
-    rows: list[list[int]] = []
-    spare: list[tuple[int, int]] = [] # free places and row, the fullest first
-    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        at = bisect.bisect_left(spare, (lengths[item], -1))
-        left, row = spare.pop(at) if at < len(spare) else (room, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(item)
-        bisect.insort(spare, (left - lengths[item], row))
-    return rows
-
 # %% ../../nbs/46_training.finetune.ipynb #a333861c
 def collate_packed(
     rows: Sequence[Sequence[Example]], # what each row holds
@@ -715,8 +695,10 @@ def _packed_batches(
     "Random batches of packed rows."
     shuffled = generator.permutation(len(lengths)).tolist()
     pool = max(1, 16 * batch_size * room * len(lengths) // sum(lengths)) # examples in about sixteen batches
-    rows = [[part[i] for i in row] for at in range(0, len(shuffled), pool) for part in [shuffled[at:at + pool]]
-            for row in pack_rows([lengths[i] for i in part], room)]
+    rows: list[list[int]] = []
+    for part in (shuffled[at:at + pool] for at in range(0, len(shuffled), pool)):
+        places = best_fit(np.array([lengths[i] for i in part]), room)
+        rows += [[part[i] for i in np.flatnonzero(places == row)] for row in range(places.max() + 1)]
     order = generator.permutation(len(rows)).tolist()
     return [[rows[i] for i in order[at:at + batch_size]] for at in range(0, len(order), batch_size)]
 
@@ -783,16 +765,20 @@ class ChatBatches:
         self.done += 1
         return collate([row[0] for row in rows], self.pad_id) if self.room is None else collate_packed(rows, self.pad_id, self.room)
 
+    def next_epoch(self) -> None: # what is left of this one is dropped
+        "Shuffle anew."
+        self._begin(self.epoch + 1, 0)
+
     def state_dict(self) -> dict[str, int]: # JSON-ready
         "Where we are."
         return {"epoch": self.epoch, "done": self.done, "fingerprint": self.fingerprint}
 
     def load_state_dict(
         self,
-        state: Mapping[str, object], # from `state_dict`
+        state: SourceState, # from `state_dict`
     ) -> None:
         "Go on from there. Raises `InputError` if the data is not the same."
-        if state["fingerprint"] != self.fingerprint:
+        if state.get("fingerprint") != self.fingerprint:
             raise InputError("the pairs, the tokenizer, the seed or the batch size changed since the checkpoint", where="ChatBatches")
         self._begin(cast(int, state["epoch"]), cast(int, state["done"]))
 
