@@ -527,7 +527,41 @@ def test_average_refuses():
     for decay in (0.0, 1.0, 2.0, math.nan):
         with pytest.raises(InputError, match="no average"):
             cb.AveragedWeights(decay)
-    run = make([cb.AveragedWeights()])
-    next(run.model.parameters()).full_tensor = None
-    with pytest.raises(InputError, match="sharded"):
-        run.fit()
+    for callback in (cb.AveragedWeights(), cb.EarlyStopping()):
+        run = make([callback])
+        next(run.model.parameters()).full_tensor = None # as parameters have that are sharded
+        with pytest.raises(InputError, match="cannot be copied whole"):
+            run.fit()
+
+
+RANKS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from test_callbacks import *
+from mmie.training.distributed import distributed
+folder = Path(sys.argv[2])
+with distributed("fsdp", device="cpu") as strategy:
+    base = make(steps=8, device="cpu", eval_every=4)
+    watchers = [cb.EarlyStopping(restore_best=False), cb.TimeLimit(5), cb.SampleText(TOKENIZER, "It was", every=4, max_new_tokens=6),
+                cb.LiveLoss(show=lambda figure: None), cb.JsonLog(folder / "log.jsonl"), cb.TensorBoard(folder / "events")]
+    run = Trainer(DecoderLM(base.model.config), base.train_data, base.valid_data, base.config, watchers, folder / "run", strategy=strategy)
+    run.fit()
+    print("wrote", run.step, [s.text for s in watchers[2].samples], flush=True)
+    try:
+        Trainer(DecoderLM(base.model.config), base.train_data, config=base.config, callbacks=[cb.EarlyStopping()], strategy=strategy).fit()
+    except InputError as error:
+        print("refused", error, flush=True)
+"""
+
+
+def test_two_ranks_with_sharded_weights(tmp_path):
+    (tmp_path / "script.py").write_text(RANKS, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "script.py")]
+    done = subprocess.run([*command, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True, timeout=240, check=False,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    wrote = [line for line in done.stdout.splitlines() if line.startswith("wrote 8")]
+    assert len(wrote) == 2 and wrote[0] == wrote[1] and done.stdout.count("cannot be copied whole") == 2
+    rows, curves = told(tmp_path)
+    assert [step for event, step, *_ in rows if event == "step"] == list(range(1, 9)) == [step for step, _ in curves["train/loss"]]
