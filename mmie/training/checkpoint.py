@@ -229,7 +229,7 @@ def _cannot_save(
     error: Exception, # what the disk said
 ) -> InputError: # to be raised
     "What happened, and what is still good."
-    good = latest_checkpoint(folder)
+    good = next((info.path for info in _whole(folder)), None)
     kept = f"the last good checkpoint is {good.name}" if good else "there is no earlier checkpoint"
     what = f"cannot save the checkpoint of step {step}: {getattr(error, 'strerror', None) or error}"
     return InputError(what, where=str(folder), fix=f"make room or choose another folder; {kept}")
@@ -296,8 +296,12 @@ def _whole(
 def latest_checkpoint(
     folder: str | Path, # of a run; may be missing
 ) -> Path | None: # the newest whole checkpoint
-    "Where to go on from. Damaged checkpoints are skipped with a warning in the log."
-    return next((info.path for info in _whole(Path(folder))), None)
+    "Where to go on from; None if nothing was ever saved. Damaged ones are skipped with a warning. Raises InputError when all are damaged."
+    found = next((info.path for info in _whole(Path(folder))), None)
+    if not found and (ruins := _candidates(Path(folder))):
+        what = f"there are {len(ruins)} checkpoints, and none of them is whole" if len(ruins) > 1 else "the only checkpoint is damaged"
+        raise InputError(what, where=str(folder), fix="put a good copy in its place, or remove it to start afresh")
+    return found
 
 
 def best_checkpoint(

@@ -326,7 +326,7 @@ def memory_plan(
     kept = activation_bytes(config, piece, length, recompute=recompute, chunked=chunked)
     logits, writer = 4 * tokens * vocab, 4 * vocab * d
     whole = logits + 8 * min(2**19, tokens * vocab) # next_token_loss works on half a million numbers at a time
-    loss = 8 * min(rows, tokens) * vocab if chunked else whole
+    loss = 8 * min(rows, tokens) * vocab + writer if chunked else whole # a chunk's logits, their gradient, and the matrix's
     loss -= numbers if pieces == 1 else 0 # where the gradients will be
     layer = 4 * tokens * sum(activation_numbers(config).values()) - (writer if chunked else logits) # when its turn comes, the loss is gone
     return MemoryPlan(numbers, numbers, 2 * numbers, kept, max(loss, layer if recompute else 0, 0))

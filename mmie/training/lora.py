@@ -7,7 +7,6 @@ __all__ = ['update_spectrum', 'LoRAConfig', 'AdaptedLinear', 'lora_targets', 'us
            'bake_lora', 'remove_lora', 'base_fingerprint', 'save_lora', 'load_lora']
 
 # %% ../../nbs/47_training.lora.ipynb #cf2e3577
-import copy
 import fnmatch
 import hashlib
 import json
@@ -320,7 +319,7 @@ def base_fingerprint(
         if not name.startswith(adapters or ("\0",)):
             value = originals.get(name, parameter.detach()).cpu().contiguous()
             digest.update(f"{name.replace('.base.', '.')} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.reshape(-1).view(torch.uint8).numpy())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -335,7 +334,8 @@ def save_lora(
         raise InputError(f"there is no adapter {name!r}", where="name", fix="name one that add_lora made")
     if lost := [n for n, p in _root(model).named_parameters() if p.requires_grad and ".A." not in n and ".B." not in n]:
         raise InputError(f"{lost[0]} learns too and would be lost", fix="freeze it, or bake_lora and save the whole model")
-    tensors = {f"{place}.{part}": getattr(layer, part)[name].detach().cpu().contiguous() for place, layer in layers.items() for part in "AB"}
+    detours = {f"{place}.{part}": getattr(layer, part)[name] for place, layer in layers.items() for part in "AB"}
+    tensors = {place: tensor.detach().cpu().contiguous() for place, tensor in detours.items()}
     config = next(iter(layers.values())).configs[name]
     record = {"mmie": "lora", "version": 1, "name": name, "base": base_fingerprint(model), "config": config.model_dump(mode="json"),
               "layers": list(layers)}
@@ -373,7 +373,7 @@ def load_lora(
         raise InputError("the adapter was made for another base", where=str(folder), fix="load the model it was trained on")
     config, found = LoRAConfig(**record["config"]), _linear_layers(_root(model))
     for place in record["layers"]:
-        weight = None if place not in found else found[place].weight
+        weight = None if place not in found else _matrix(found[place])
         n_out, n_in = (tensors[f"{place}.B"].shape[0], tensors[f"{place}.A"].shape[1])
         if weight is None or sorted(weight.shape) != sorted((n_out, n_in)):
             raise InputError(f"the model has no {place} of {n_out} by {n_in}", where=str(folder), fix="load the model it was trained on")
