@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..core import InputError, did_you_mean, resolve_device
+from ..measure import measure
 from ..models.decoder import ModelConfig, count_parameters
 from ..models.layers import MixtureOfExperts
 from .optim import Muon, NamedOptimizer
@@ -364,15 +365,21 @@ _LOST = re.compile(r"closed by peer|reset by peer|broken pipe|timed? ?out|NCCL",
 def _first_reason(
     store: Store, # of all ranks
     reason: str, # why this one leaves
-    patience: float, # seconds in which others may be first
+    launch: Launch, # who it is
 ) -> str: # why the first one left
     "Write it down, unless somebody was first."
     store.set_timeout(datetime.timedelta(seconds=5))
+    moment = datetime.timedelta(seconds=1)
     try:
-        if patience:
+        if launch.rank:
             with contextlib.suppress(dist.DistStoreError): # nobody wrote anything
-                store.wait(["mmie/failed"], datetime.timedelta(seconds=patience))
-        return str(store.compare_set("mmie/failed", "", reason).decode())
+                store.wait(["mmie/failed"], moment)
+        first = str(store.compare_set("mmie/failed", "", reason).decode())
+        store.set(f"mmie/told {launch.rank}", first)
+        if not launch.rank: # may be the one who keeps the table
+            with contextlib.suppress(dist.DistStoreError): # some don't know yet that there is anything to read
+                store.wait([f"mmie/told {rank}" for rank in range(launch.ranks)], moment)
+        return first
     except RuntimeError: # the table was in the process that is gone
         return reason
 
@@ -388,7 +395,7 @@ def _farewell(
     lost = isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
     told = "lost the others: one was killed, hangs, or its machine is gone" if lost else f"failed: {type(error).__name__}: {error}"
     reason = f"rank {launch.rank} {told}"
-    first = _first_reason(store, reason, patience=min(1.0, launch.rank))
+    first = _first_reason(store, reason, launch)
     if first != reason:
         return SystemExit(f"rank {launch.rank} ends, because {first}")
     get_error_handler().record_exception(error) # for torchrun's summary
@@ -434,7 +441,7 @@ def distributed(
     timeout: float = 600.0, # seconds to wait for another rank
     dtype: torch.dtype | None = None, # fsdp only: gather and compute in this type, such as torch.bfloat16
 ) -> AbstractContextManager[Strategy]: # for the trainer; `SingleProcess` where this process is alone
-    "Join the processes that were launched, for the `with` block. Raises InputError for an unknown kind or a half-set environment."
+    "Join the processes that were launched, for a `with` block. Raises InputError for an unknown kind or a half-set environment."
     if kind not in ("ddp", "fsdp"):
         raise InputError(f"there is no strategy {kind!r}", where="kind", fix=did_you_mean(kind, ["ddp", "fsdp"]))
     if dtype is not None and kind != "fsdp":

@@ -408,6 +408,22 @@ def _last_exchange(
     return Example((*prompt, *response), ((len(prompt), len(prompt) + len(response)),))
 
 # %% ../../nbs/46_training.finetune.ipynb #08d4a873
+def _fitted(
+    template: ChatTemplate, # who speaks
+    tokenizer: ChatTokenizer, # has its marks
+    messages: Sequence[Message], # of a dialogue
+    longest: int, # most tokens
+) -> Example:
+    "A dialogue without its oldest part, if need be. Raises `InputError` if the last answer alone doesn't fit."
+    whole = kept = _joined(template, tokenizer, _exchanges(messages))
+    for skip in range(1, len(whole.spans)):
+        if len(kept.ids) > longest:
+            kept = _joined(template, tokenizer, _exchanges(messages, skip))
+    if len(kept.ids) > longest:
+        kept = _last_exchange(template, tokenizer, _exchanges(messages, len(whole.spans) - 1)[0], longest)
+    return Example(kept.ids, kept.spans, len(whole.ids) - len(kept.ids))
+
+# %% ../../nbs/46_training.finetune.ipynb #2d7a1190
 @dataclass(frozen=True, slots=True)
 class MarkedChat:
     "Our template with a tokenizer. Raises `InputError` if that lacks the marks."
@@ -428,13 +444,7 @@ class MarkedChat:
         max_length: int, # most tokens the model looks at
     ) -> list[Example]: # one, of at most max_length + 1 ids, so that inputs and targets have max_length
         "A dialogue as tokens, without its oldest part if need be. Raises `InputError` if the last answer alone doesn't fit."
-        whole = kept = _joined(self.template, self.tokenizer, _exchanges(dialogue.messages))
-        for skip in range(1, len(whole.spans)):
-            if len(kept.ids) > max_length + 1:
-                kept = _joined(self.template, self.tokenizer, _exchanges(dialogue.messages, skip))
-        if len(kept.ids) > max_length + 1:
-            kept = _last_exchange(self.template, self.tokenizer, _exchanges(dialogue.messages, len(whole.spans) - 1)[0], max_length + 1)
-        return [Example(kept.ids, kept.spans, len(whole.ids) - len(kept.ids))]
+        return [_fitted(self.template, self.tokenizer, dialogue.messages, max_length + 1)]
 
     def prompt(
         self,
@@ -450,10 +460,7 @@ class MarkedChat:
                 return ids
         return self.template.prompt(self.tokenizer, question, longest)
 
-    def decode(
-        self,
-        ids: Sequence[int], # of an answer
-    ) -> str:
+    def decode(self, ids: Sequence[int]) -> str: # of an answer
         "Text."
         return self.tokenizer.decode(ids)
 
@@ -635,10 +642,7 @@ class HubChat:
         kept = messages if longest is None else _shortened(self.words, messages, longest, asking=True)
         return _rendered(self.words, kept, asking=True)
 
-    def decode(
-        self,
-        ids: Sequence[int], # of an answer
-    ) -> str:
+    def decode(self, ids: Sequence[int]) -> str: # of an answer
         "Text."
         return self.words.decode(ids)
 
@@ -773,10 +777,7 @@ class ChatBatches:
         "Where we are."
         return {"epoch": self.epoch, "done": self.done, "fingerprint": self.fingerprint}
 
-    def load_state_dict(
-        self,
-        state: SourceState, # from `state_dict`
-    ) -> None:
+    def load_state_dict(self, state: SourceState) -> None: # from `state_dict`
         "Go on from there. Raises `InputError` if the data is not the same."
         if state.get("fingerprint") != self.fingerprint:
             raise InputError("the pairs, the tokenizer, the seed or the batch size changed since the checkpoint", where="ChatBatches")
