@@ -822,6 +822,18 @@ def test_a_run_goes_on_from_before_the_damage(tmp_path: Path) -> None:
     compare(result(rest), result(straight))
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path: Path) -> None:
+    "Starting afresh would look like going on, and tidy away what somebody might still repair."
+    trainer("plain", tmp_path, steps=6).fit()
+    for path in tmp_path.iterdir():
+        os.truncate(path / "state.json", 10)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for resume in (tmp_path, None):
+        with pytest.raises(InputError, match=r"none of them is whole.*start afresh"):
+            trainer("plain", tmp_path, steps=6).fit(resume=resume)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
 def test_a_damaged_checkpoint_does_not_count_as_one_to_keep(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, small(step), step=step, keep_last=2)
