@@ -46,6 +46,11 @@ class _Commands(TyperGroup):
             raise
         except OSError as error:
             _stop(f"{error.strerror or error} ({error.filename})" if error.filename else str(error), 1)
+        except RuntimeError as error:
+            from mmie.training.trainer import TrainingError # needs torch, which is loaded by now
+            if not isinstance(error, TrainingError):
+                raise
+            _stop(str(error), 1)
         except KeyboardInterrupt:
             _stop("stopped; what is finished is kept, and the same command goes on from here", 130)
 
