@@ -46,6 +46,8 @@ class _Commands(TyperGroup):
             raise
         except OSError as error:
             _stop(f"{error.strerror or error} ({error.filename})" if error.filename else str(error), 1)
+        except (typer.Exit, typer.Abort): # how Typer ends on purpose
+            raise
         except RuntimeError as error:
             from mmie.training.trainer import TrainingError # needs torch, which is loaded by now
             if not isinstance(error, TrainingError):

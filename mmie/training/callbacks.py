@@ -67,6 +67,8 @@ class EarlyStopping(Callback):
     def on_fit_start(self, trainer: Trainer) -> None: # perhaps a resumed one that this callback had stopped
         if self.restore_best:
             _refuse_shards(trainer.model, "restore_best", "use restore_best=False, and best_checkpoint afterwards")
+        if trainer.valid_data is None or not trainer.config.eval_every:
+            raise InputError("there are no scores to judge by", where="EarlyStopping", fix="give the trainer valid_data, and set eval_every")
         _stop_if(_verdict(self))
 
     def on_evaluated(self, trainer: Trainer, evaluation: Evaluation) -> None: # a new score

@@ -19,8 +19,8 @@ from typing import Literal, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import PrefixStore, Store
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
@@ -267,6 +267,51 @@ def _kept(
     return done[id(value)]
 
 # %% ../../nbs/45_training.distributed.ipynb #a7dede1a
+def _gathered(
+    model: nn.Module, # sharded
+    optimizer: NamedOptimizer, # its optimizer
+    rank: int, # of this process
+) -> tuple[dict, dict]: # the whole states on rank 0
+    "All ranks give, rank 0 takes."
+    parameters, done = dict(model.named_parameters(remove_duplicate=False)), dict[int, Tensor]()
+    weights = {name: _kept(parameters.get(name, value), rank, done) for name, value in model.state_dict().items()}
+    buffers = {part: {name: {key: _kept(value, rank, {}) for key, value in state.items()} for name, state in states.items()}
+               for part, states in optimizer.state_dict().items()}
+    return (weights, buffers) if rank == 0 else ({}, {})
+
+
+def _scattered(
+    model: nn.Module, # sharded, to be overwritten
+    optimizer: NamedOptimizer, # likewise
+    model_state: dict, # whole, the same on every rank
+    optimizer_state: dict, # likewise
+) -> None:
+    "Every rank takes its rows."
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    model.load_state_dict({name: _shard_like(value, parameters.get(name)) for name, value in model_state.items()})
+    optimizer.load_state_dict({part: {name: {key: _shard_like(value, parameters.get(name)) for key, value in state.items()}
+                                      for name, state in states.items()} for part, states in optimizer_state.items()})
+
+# %% ../../nbs/45_training.distributed.ipynb #a9732bde
+def _cut_up(
+    model: nn.Module, # changed in place
+    mesh: DeviceMesh, # all ranks, in a row
+    dtype: torch.dtype | None, # to gather and compute in (None: the weights' own)
+) -> None:
+    "Make every parameter a shard. Raises InputError for blocks that share weights."
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+    units = [*sharding_units(model), model]
+    for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
+        dist.broadcast(tensor.detach(), 0)
+    for unit in units:
+        part = fully_shard(unit, mesh=mesh, mp_policy=policy)
+        part.unshard()
+        part.reshard()
+    model.register_forward_hook(_after_forward)
+    if _uses_parts(model):
+        cast(FSDPModule, model).set_reduce_scatter_unused_params(True)
+
+# %% ../../nbs/45_training.distributed.ipynb #edb60ed9
 class Sharded(_Ranks):
     "Every rank has its rows of each parameter, gradient and optimizer state (Rajbhandari et al., 2020, ZeRO; Zhao et al., 2023, FSDP)."
 
@@ -283,64 +328,32 @@ class Sharded(_Ranks):
         for hook in self._hooks:
             hook.remove()
 
-    def wrap(
-        self,
-        model: nn.Module, # as the user built it
-        device: torch.device, # of this rank
-    ) -> nn.Module: # the same one
-        "Shard in place, from rank 0's weights. Raises InputError for unsuitable devices, and for blocks that share weights."
+    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module: # the same one, forward passes as ever
+        "Shard in place. Raises InputError for unsuitable devices, and for blocks that share weights."
         _check_device(device)
-        mesh, units = init_device_mesh(device.type, (self.ranks,)), [*sharding_units(model), model]
-        policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32 if self.dtype else None)
-        for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
-            dist.broadcast(tensor.detach(), 0)
-        for unit in units:
-            part = fully_shard(unit, mesh=mesh, mp_policy=policy)
-            part.unshard()
-            part.reshard()
-        model.register_forward_hook(_after_forward)
-        if _uses_parts(model):
-            cast(FSDPModule, model).set_reduce_scatter_unused_params(True)
+        _cut_up(model, init_device_mesh(device.type, (self.ranks,)), self.dtype)
         return model
 
     @contextlib.contextmanager
-    def scope(
-        self,
-        module: nn.Module, # from `wrap`
-        last: bool, # whether this is the last piece of the step
-    ) -> Iterator[None]: # around forward and backward
+    def scope(self, module: nn.Module, last: bool) -> Iterator[None]: # around forward and backward of a piece
         "Exchange gradients in the last piece only; until then they are kept whole."
         cast(FSDPModule, module).set_requires_gradient_sync(last)
         yield
 
-    def gather(
-        self,
-        model: nn.Module, # sharded
-        optimizer: NamedOptimizer, # its optimizer
-    ) -> tuple[dict, dict]: # their whole states on the CPU of rank 0; empty on the others, so that they need no room for it
-        "All ranks give, rank 0 takes."
+    def gather(self, model: nn.Module, optimizer: NamedOptimizer) -> tuple[dict, dict]: # on rank 0; empty on the others
+        "The whole states on the CPU. All ranks have to call this."
         _put_away(model)
-        parameters, done = dict(model.named_parameters(remove_duplicate=False)), dict[int, Tensor]()
-        weights = {name: _kept(parameters.get(name, value), self.rank, done) for name, value in model.state_dict().items()}
-        buffers = {part: {name: {key: _kept(value, self.rank, {}) for key, value in state.items()} for name, state in states.items()}
-                   for part, states in optimizer.state_dict().items()}
-        return (weights, buffers) if self.rank == 0 else ({}, {})
+        return _gathered(model, optimizer, self.rank)
 
-    def scatter(
-        self,
-        model: nn.Module, # to be overwritten
-        optimizer: NamedOptimizer, # likewise
-        model_state: dict, # whole, the same on every rank
-        optimizer_state: dict, # likewise
-    ) -> None:
-        "Every rank takes its rows."
+    def scatter(self, model: nn.Module, optimizer: NamedOptimizer, model_state: dict, optimizer_state: dict) -> None: # whole, from `gather`
+        "Take this rank's rows."
         _put_away(model)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        model.load_state_dict({name: _shard_like(value, parameters.get(name)) for name, value in model_state.items()})
-        optimizer.load_state_dict({part: {name: {key: _shard_like(value, parameters.get(name)) for key, value in state.items()}
-                                          for name, state in states.items()} for part, states in optimizer_state.items()})
+        _scattered(model, optimizer, model_state, optimizer_state)
 
 # %% ../../nbs/45_training.distributed.ipynb #c95a7737
+_CONNECTED: list[object] = [] # one for each session of this process
+
+
 def _join(
     launch: Launch, # who this process is
     device: str, # as in a TrainConfig
@@ -354,7 +367,7 @@ def _join(
         torch.cuda.set_device(launch.local_rank)
         backend = "cpu:gloo,cuda:nccl"
     store, rank, ranks = next(rendezvous("env://", timeout=limit))
-    store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}, session {len(_CONNECTED)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=limit)
     return store
 
@@ -402,9 +415,6 @@ def _farewell(
     return ConnectionError(reason) if lost else error
 
 # %% ../../nbs/45_training.distributed.ipynb #8c12843d
-_CONNECTED: list[object] = []
-
-
 @contextlib.contextmanager
 def _session(
     strategy: "Replicated | Sharded", # of this process
@@ -458,7 +468,7 @@ def training_flops(
 ) -> float: # multiplications and additions per token, forward and backward
     "6 N + 12 L h d T (Chowdhery et al., 2022, PaLM, appendix B). Raises InputError for attention without a softmax over pairs."
     if config.attention != "softmax":
-        raise InputError(f"there is no formula for {config.attention!r} attention here", where="config", fix="count with torch.utils.flop_counter")
+        raise InputError(f"there is no formula for {config.attention!r} attention here", fix="count with torch.utils.flop_counter")
     parts, busy = count_parameters(config), config.experts_per_token / config.experts if config.experts else 1.0
     matrices = parts["attention"] + parts["MLPs"] * busy + config.vocab_size * config.d_model
     seen = min(length, config.window or length)

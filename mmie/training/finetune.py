@@ -735,7 +735,7 @@ def _encoded(
     "Everything as tokens."
     return [example for pair in pairs for example in chat.encode(Dialogue.of(pair), max_length)]
 
-# %% ../../nbs/46_training.finetune.ipynb #a3c16851
+# %% ../../nbs/46_training.finetune.ipynb #d5b157ea
 class ChatBatches:
     "Batches of conversations for the trainer, without end; the loss is on the answers."
     def __init__(
@@ -758,7 +758,7 @@ class ChatBatches:
         self._begin(0, 0)
 
     def _begin(self, epoch: int, done: int) -> None:
-        self.epoch, self.done = epoch, done # passes over the data so far, batches of this pass already given out
+        self.epoch, self.done = epoch, done # passes so far, batches of this one given out
         self.batches = _epoch_rows(self.examples, self.batch_size, self.room, np.random.default_rng([self.seed, epoch]))
 
     def next_batch(self) -> Batch: # up to batch_size rows
@@ -769,8 +769,7 @@ class ChatBatches:
         self.done += 1
         return collate([row[0] for row in rows], self.pad_id) if self.room is None else collate_packed(rows, self.pad_id, self.room)
 
-    def next_epoch(self) -> None: # what is left of this one is dropped
-        "Shuffle anew."
+    def next_epoch(self) -> None: # the rest of this one is dropped
         self._begin(self.epoch + 1, 0)
 
     def state_dict(self) -> dict[str, int]: # JSON-ready
