@@ -297,6 +297,14 @@ def test_impossible_limits(wrong):
         cb.EarlyStopping(**wrong)
 
 
+def test_a_stopper_without_scores_is_refused():
+    with pytest.raises(InputError, match="no scores to judge by"):
+        make([cb.EarlyStopping()], eval_every=0).fit()
+    run = make()
+    with pytest.raises(InputError, match="no scores to judge by"):
+        Trainer(run.model, run.train_data, config=run.config, callbacks=[cb.EarlyStopping()]).fit()
+
+
 # time
 
 

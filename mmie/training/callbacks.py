@@ -68,7 +68,7 @@ class EarlyStopping(Callback):
         if self.restore_best:
             _refuse_shards(trainer.model, "restore_best", "use restore_best=False, and best_checkpoint afterwards")
         if trainer.valid_data is None or not trainer.config.eval_every:
-            raise InputError("there are no scores to judge by", where="EarlyStopping", fix="give the trainer valid_data, and set eval_every")
+            raise InputError("there are no scores to judge by", where="EarlyStopping", fix="give the trainer valid_data and set eval_every")
         _stop_if(_verdict(self))
 
     def on_evaluated(self, trainer: Trainer, evaluation: Evaluation) -> None: # a new score
