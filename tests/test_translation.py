@@ -17,11 +17,11 @@ from mmie.models.encoder_decoder import EncoderDecoderConfig, EncoderDecoderLM, 
 from mmie.tokenization.base import ByteTokenizer
 from mmie.training.data import BatchSource, EpochSource
 from mmie.training.trainer import TrainConfig, Trainer, evaluate
-from mmie.training.translation import (END, SAYINGS, START, HeldOutTexts, PairBatch, TextPair, TextPairBatches, Translated, TranslationReport, align_words, cldr_pairs,
+from mmie.training.translation import (END_MARK, SAYINGS, START_MARK, HeldOutTexts, PairBatch, TextPair, TextPairBatches, Translated, TranslationReport, align_words, cldr_pairs,
                                        collate_texts, encode_texts, erase_words, is_held_out, load_translator, pair_logits, pair_loss, peeks, read_aligned, read_jsonl,
                                        read_parallel, read_po, read_tsv, save_translator, score_translations, shared_tokenizer, token_words, translate, worst_translations)
 
-TOKENIZER = ByteTokenizer([START, END])
+TOKENIZER = ByteTokenizer([START_MARK, END_MARK])
 
 
 def a_model(seed: int = 0, **shape: object) -> EncoderDecoderLM:
@@ -207,8 +207,8 @@ def test_a_handful_is_learned_by_heart(tmp_path: Path) -> None:
 
 def test_marks_in_a_text_are_text() -> None:
     model = a_model()
-    assert translate(model, TOKENIZER, [f"x{END}y"], max_new_tokens=3) != []
-    assert all(i < 256 for i in encode_texts([TextPair(f"a{END}", f"{START}b")], TOKENIZER, 96)[0][0])
+    assert translate(model, TOKENIZER, [f"x{END_MARK}y"], max_new_tokens=3) != []
+    assert all(i < 256 for i in encode_texts([TextPair(f"a{END_MARK}", f"{START_MARK}b")], TOKENIZER, 96)[0][0])
 
 
 @settings(max_examples=60, deadline=None)
