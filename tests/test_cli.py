@@ -128,3 +128,16 @@ def test_ctrl_c_is_no_error(text: Path, tokenizer: Path, tmp_path: Path) -> None
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in said and "goes on from here" in said, said
     assert list((tmp_path / "model").glob("checkpoints/step-*"))
+
+
+def test_a_run_that_cannot_go_on_says_why_in_a_line(text: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from mmie.cli import app
+    from mmie.training.trainer import TrainingError
+
+    def broken(*_: object, **__: object) -> None:
+        raise TrainingError("6 of 50 steps had no usable gradient")
+    monkeypatch.setattr("mmie.lifecycle.pretrain", broken)
+    done = CliRunner().invoke(app, ["train", "--corpus", str(text), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "model")])
+    assert (done.exit_code, done.stderr) == (1, "mmie: 6 of 50 steps had no usable gradient\n")
