@@ -582,7 +582,7 @@ def set_random_state(
 class _Interrupts:
     "Note Ctrl-C and SIGTERM instead of dying of them; the second one is immediate."
 
-    received, agreed = 0, False # the signal's number; whether all ranks have been told
+    received, agreed, twice = 0, False, False # the signal's number; whether all ranks have been told; leave without saving
 
     def __enter__(self) -> "_Interrupts":
         main = threading.current_thread() is threading.main_thread() # signals can be set only there
@@ -591,6 +591,7 @@ class _Interrupts:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received:
+            self.twice = True
             self._leave(number)
         self.received = number
         _log.warning("%s: finishing the step, then saving; once more to leave at once", signal.Signals(number).name)
@@ -612,10 +613,10 @@ class _Interrupts:
 
 
 def _out_of_memory(
-    error: RuntimeError, # from a forward or backward pass
+    error: Exception, # from a forward or backward pass
 ) -> bool:
     "Whether it means that memory ran out (PyTorch has no exception class for that on CPUs)."
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) or "out of memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error) or "out of memory" in str(error)
 
 
 def _problem(
@@ -681,7 +682,7 @@ def _run(
         _log.info("stopped by a callback after step %d: %s", trainer.step, stop)
         _save(trainer)
     except (KeyboardInterrupt, SystemExit):
-        if interrupts.agreed or trainer.strategy.ranks == 1:
+        if not interrupts.twice and (interrupts.agreed or trainer.strategy.ranks == 1):
             _save(trainer)
         raise
     finally:
@@ -800,7 +801,7 @@ def _learn(
             loss = add_gradients(trainer.network, [piece.to(trainer.device) for piece in pieces], trainer.loss, autocast,
                                  n_tokens=n_tokens, idle=idle, strategy=trainer.strategy, scale=scale)
             break
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
             cuts = _smaller(trainer, pieces, cuts, error)
@@ -834,7 +835,7 @@ def _smaller(
     trainer: Trainer, # out of memory
     pieces: Sequence[TrainingBatch], # of one step, as they were cut
     cuts: int, # of each batch
-    error: RuntimeError, # what happened
+    error: Exception, # what happened
 ) -> int: # cuts of each batch to try next
     "Twice as many. Raises SkipStep when the pieces are single rows, TrainingError when other ranks would have to follow."
     history, step = trainer.history, trainer.step
@@ -878,6 +879,9 @@ def _evaluate_if_due(
     if not math.isfinite(loss):
         _log.warning("step %d: the held-out loss is %s", step, loss)
     _emit(trainer, "evaluated", done[-1])
+    if trainer._saved == step: # it was saved when this evaluation was interrupted, and lacks the score
+        trainer._saved = -1
+        _save(trainer)
 
 
 def _save_if_due(
@@ -899,6 +903,9 @@ def _save(
     if not trainer._whole and data is None:
         _log.warning("stopped inside step %d: no checkpoint of a half-made update", trainer.step)
         return
+    broken = next((name for name, p in trainer.model.named_parameters() if not p.isfinite().all()), None)
+    if trainer.strategy.total(float(broken is not None))[0]:
+        raise TrainingError(f"the weights are not finite after step {trainer.step}{f' ({broken})' if broken else ''}; the checkpoints before are good")
     model, optimizer = trainer.strategy.gather(trainer.model, trainer.optimizer)
     path, failure = trainer.folder, None
     if trainer.is_main:
@@ -932,6 +939,7 @@ def _begin(
     resume: str | Path | None, # a run's folder or one checkpoint
 ) -> None:
     "Restore a checkpoint if there is one, otherwise seed."
+    trainer.optimizer.zero_grad() # of a step that broke
     path = Path(resume) if resume else None
     found = path if path and (path / "manifest.json").exists() else latest_checkpoint(path) if path else None
     if found:
@@ -957,7 +965,7 @@ def _restore(
     except RuntimeError as error:
         raise InputError("the checkpoint belongs to another model", where=where, fix="build the model with the settings it had") from error
     trainer.train_data.load_state_dict(state["data"])
-    trainer.step, trainer.pieces, trainer._saved = state["step"], state["pieces"], state["step"]
+    trainer.step, trainer.pieces, trainer._saved, trainer._whole = state["step"], state["pieces"], state["step"], True
     trainer.history = History.from_json(state["history"])
     trainer.epoch = state.get("epoch", getattr(trainer.train_data, "epoch", None)) # older checkpoints had none
     if trainer.loss_scale and state.get("loss_scale"):
