@@ -688,6 +688,15 @@ _SEEMS_LONG = 8 # tokens after which turned copies pay
 # %% ../../nbs/32_models.decoder.ipynb #0a6e2f35
 IGNORE = -100
 
+def _asked_again(
+    outer: Tensor, # () factor that has arrived from above
+) -> bool: # False if what was saved for this backward pass is free afterwards
+    "Whether the running backward pass will be repeated, or stands for several (vmap)."
+    if torch.compiler.is_compiling():
+        return True
+    several = torch._C._functorch.is_legacy_batchedtensor(outer) or torch._C._functorch.is_batchedtensor(outer)
+    return several or torch._C._autograd._get_current_graph_task_keep_graph()
+
 class _TokenLoss(torch.autograd.Function):
     "Cross-entropy that visits a few rows at a time and leaves the gradient behind as it goes."
     @staticmethod
@@ -716,9 +725,10 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, outer: Tensor) -> tuple[Tensor, None]: # outer: () what the sum was multiplied by
-        "The gradient, scaled."
+        "The gradient, scaled: in its own memory when nobody can ask for it again."
         grad, = ctx.saved_tensors # type: ignore[attr-defined]
-        return grad * outer.to(grad.dtype), None
+        outer = outer.to(grad.dtype)
+        return (grad * outer if _asked_again(outer) else grad.mul_(outer)), None
 
 # %% ../../nbs/32_models.decoder.ipynb #3207f0d6
 def next_token_loss(
