@@ -11,9 +11,11 @@ __all__ = ['LossFunction', 'Precision', 'EVENTS', 'next_token_sum', 'Strategy', 
 # %% ../../nbs/43_training.trainer.ipynb #2e98480f
 import contextlib
 import functools
+import importlib
 import json
 import logging
 import math
+import os
 import random
 import signal
 import threading
@@ -75,7 +77,7 @@ class Strategy(Protocol):
     def scatter(self, model: nn.Module, optimizer: NamedOptimizer, model_state: dict, optimizer_state: dict) -> None: ... # the way back
     def wait(self) -> None: ... # until all are here
 
-
+# %% ../../nbs/43_training.trainer.ipynb #10dfdb4a
 class SingleProcess:
     "Nobody to ask."
 
@@ -106,7 +108,7 @@ class SingleProcess:
     def wait(self) -> None: # nobody to wait for
         pass
 
-# %% ../../nbs/43_training.trainer.ipynb #10dfdb4a
+# %% ../../nbs/43_training.trainer.ipynb #40a6ffd4
 def _share(
     batches: Sequence[TrainingBatch], # of one step, the same on every rank
     pieces: int, # cut each batch's share into this many
@@ -118,7 +120,7 @@ def _share(
     idle = strategy.rounds(len(own)) - len(own)
     return (own + batches[0].split(len(batches[0]))[:1] * idle if idle else own), idle
 
-
+# %% ../../nbs/43_training.trainer.ipynb #42fb9565
 def add_gradients(
     model: nn.Module, # gradients are added to its parameters
     batches: Sequence[TrainingBatch], # the pieces of one step, on the model's device
@@ -163,6 +165,13 @@ class HeldOut:
     stride: int | None = None # tokens between windows (None: `length`, the fastest, with the least context)
     batch_size: int = 16 # windows at a time
 
+    def __post_init__(self) -> None: # said when it is made, not when it is used
+        for name in ("length", "stride", "batch_size"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise InputError(f"{name} is {number}", where="HeldOut", fix="use at least 1")
+        if (self.stride or 1) > self.length:
+            raise InputError(f"a stride of {self.stride} leaves gaps between windows of {self.length}", where="HeldOut", fix="use 1 to length")
+
     @property
     def n_bytes(self) -> int:
         "UTF-8 bytes of the text."
@@ -172,7 +181,7 @@ class HeldOut:
         "The windows."
         return evaluation_windows(self.tokens, self.length, self.stride or self.length, batch_size=self.batch_size)
 
-
+# %% ../../nbs/43_training.trainer.ipynb #203698d0
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     "How well the model predicts held-out text at one moment of a run."
@@ -185,9 +194,9 @@ class Evaluation:
     @property
     def perplexity(self) -> float: # 1 is certainty, the size of the vocabulary is knowing nothing
         "Among how many equally likely tokens the model hesitates."
-        return math.exp(self.loss)
+        return math.exp(self.loss) if self.loss < 700 else self.loss * math.inf # beyond, exp has no number for it (and NaN stays NaN)
 
-# %% ../../nbs/43_training.trainer.ipynb #203698d0
+# %% ../../nbs/43_training.trainer.ipynb #584e8812
 Precision = Literal["auto", "float32", "bf16", "fp16"]
 
 
@@ -200,7 +209,7 @@ def _autocast(
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, dtype=torch.float16 if precision == "fp16" else torch.bfloat16)
 
-
+# %% ../../nbs/43_training.trainer.ipynb #fc53437b
 def evaluate(
     model: nn.Module, # ids → logits
     source: EvaluationSource, # what to score
@@ -211,7 +220,8 @@ def evaluate(
     strategy: Strategy | None = None, # each rank scores its rows (None: one process)
 ) -> tuple[float, float | None]: # nats per token, bits per byte
     "Score held-out data. Raises InputError when it has no token that counts."
-    device, strategy = next(model.parameters()).device, strategy or SingleProcess()
+    parameter, strategy = next(model.parameters(), None), strategy or SingleProcess()
+    device = torch.device("cpu") if parameter is None else parameter.device # a model that only counts has no parameters
     autocast, nats, tokens = _autocast(device, precision), 0.0, 0
     with inference(model), torch.inference_mode(strategy.ranks == 1), torch.no_grad():
         for batch in source.batches():
@@ -280,7 +290,7 @@ def _recomputable(
         raise InputError(what, where="recompute", fix="use one of our models or one of transformers, or leave it off")
     return blocks, theirs[:1]
 
-
+# %% ../../nbs/43_training.trainer.ipynb #d19e4b63
 def _again(
     forward: Callable[..., Tensor], # of a block
     *args: Any, # its arguments
@@ -356,12 +366,12 @@ class History:
     @property
     def tokens_per_second(self) -> float: # evaluation and checkpoints not counted
         "Training throughput."
-        return self.tokens[-1] / sum(self.seconds) if self.tokens else math.nan
+        return self.tokens[-1] / (sum(self.seconds) or math.nan) if self.tokens else math.nan
 
     @property
     def wait_share(self) -> float: # of the step time
         "How much of it went to waiting for data."
-        return sum(self.waits) / sum(self.seconds) if self.seconds else math.nan
+        return sum(self.waits) / (sum(self.seconds) or math.nan)
 
     @property
     def bits_per_byte(self) -> float | None: # None: none was measured
@@ -412,10 +422,11 @@ def _history_figure(
     fig, axes = figure(ncols=2, width=8.5, height=3)
     left, right = axes
     tokens, losses = np.array(history.tokens), np.array(history.losses)
-    usable, width = np.isfinite(losses), max(1, len(losses) // 50)
-    smooth = np.convolve(losses[usable], np.ones(width) / width, "valid")
+    usable = np.isfinite(losses)
+    width = max(1, min(len(losses) // 50, usable.sum())) # of a run where almost nothing worked, the mean of what did
+    sums = np.concatenate([[0.0], losses[usable].cumsum()])
     left.plot(tokens, losses, color="0.8", ls="-", lw=0.8, label="each step")
-    left.plot(tokens[usable][width - 1 :], smooth, color=PALETTE[0], ls="-", label=f"mean of {width}")
+    left.plot(tokens[usable][width - 1 :], (sums[width:] - sums[:-width]) / width, color=PALETTE[0], ls="-", label=f"mean of {width}")
     measured = [e for e in history.evaluations if e.bits_per_byte is not None]
     right.plot([e.tokens for e in measured], [e.bits_per_byte for e in measured], "o-", color=PALETTE[1], ms=4)
     _label(left, "loss (nats per token)", "training")
@@ -453,7 +464,7 @@ class SkipEpoch(SkipStep):
 class TrainingError(RuntimeError):
     "The run cannot go on: the data failed, or too many steps had no usable gradient."
 
-
+# %% ../../nbs/43_training.trainer.ipynb #39a42599
 class Callback:
     "Override what you need."
 
@@ -597,6 +608,8 @@ class _Interrupts:
         _log.warning("%s: finishing the step, then saving; once more to leave at once", signal.Signals(number).name)
 
     def _leave(self, number: int) -> None:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("tabulate") # or PyTorch does at exit, and Python forgets what it died of
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     def __exit__(self, *exception: object) -> None:
@@ -611,7 +624,7 @@ class _Interrupts:
             self.agreed = True
             self._leave(signal.SIGINT if interrupted else signal.SIGTERM)
 
-
+# %% ../../nbs/43_training.trainer.ipynb #f588942f
 def _out_of_memory(
     error: Exception, # from a forward or backward pass
 ) -> bool:
@@ -628,7 +641,32 @@ def _problem(
         return f"the loss is {loss}"
     return None if math.isfinite(norm) else f"the gradient is {norm}"
 
-# %% ../../nbs/43_training.trainer.ipynb #f588942f
+# %% ../../nbs/43_training.trainer.ipynb #b5511d66
+def _must_fit(
+    model: nn.Module, # of a trainer, as its other parts
+    train_data: BatchSource, # needs three methods
+    valid_data: EvaluationSource | None, # needs `batches`
+    config: TrainConfig | None, # not a dictionary
+    callbacks: Sequence[Callback], # objects whose every on_… is an event
+) -> None:
+    "Raise InputError for a part of the wrong kind."
+    parts = [
+        (isinstance(model, nn.Module), "model", model, "a torch.nn.Module"),
+        (isinstance(train_data, BatchSource), "train_data", train_data, "something with next_batch, state_dict and load_state_dict, such as EpochWindows"),
+        (valid_data is None or hasattr(valid_data, "batches"), "valid_data", valid_data, "something with batches(), such as HeldOut(tokens, length)"),
+        (config is None or isinstance(config, TrainConfig), "config", config, "a TrainConfig"),
+        (isinstance(callbacks, Sequence), "callbacks", callbacks, "a list"),
+    ]
+    for fits, where, part, wanted in parts:
+        if not fits:
+            raise InputError(f"{where} is a {type(part).__name__}", where="Trainer", fix=f"give {wanted}")
+    for callback in callbacks:
+        if isinstance(callback, type) or not isinstance(callback, Callback):
+            raise InputError(f"{callback!r} is not a callback", where="Trainer", fix="give objects of classes made from Callback")
+        if unknown := [name for name in dir(callback) if name.startswith("on_") and name[3:] not in EVENTS]:
+            raise InputError(f"{type(callback).__name__} has {unknown[0]}, and there is no such event", where="Trainer", fix=f"one of {', '.join(EVENTS)}")
+
+# %% ../../nbs/43_training.trainer.ipynb #7aa75fdd
 class Trainer:
     "Train a model; `fit` can be interrupted anywhere and resumed exactly. Raises TrainingError when data fails or too many steps do."
 
@@ -643,6 +681,7 @@ class Trainer:
         loss: LossFunction = next_token_sum, # summed over tokens
         strategy: Strategy | None = None, # who shares the work (None: one process)
     ) -> None:
+        _must_fit(model, train_data, valid_data, config, callbacks)
         self.config, self.strategy = config or TrainConfig(), strategy or SingleProcess()
         self.device, self.is_main = resolve_device(self.config.device), self.strategy.rank == 0
         if self.config.recompute:
@@ -670,7 +709,7 @@ class Trainer:
             _run(self, interrupts)
         return self.history
 
-# %% ../../nbs/43_training.trainer.ipynb #b5511d66
+# %% ../../nbs/43_training.trainer.ipynb #9879a9b2
 def _run(
     trainer: Trainer, # with its checkpoint loaded, if there is one
     interrupts: _Interrupts, # looked at between steps
@@ -688,7 +727,7 @@ def _run(
     finally:
         _emit(trainer, "fit_end")
 
-
+# %% ../../nbs/43_training.trainer.ipynb #9c1846e5
 def _loop(
     trainer: Trainer, # until its steps are done
     interrupts: _Interrupts, # looked at between steps
@@ -696,16 +735,17 @@ def _loop(
     "Step, evaluate, save."
     _emit(trainer, "fit_start")
     _evaluate_if_due(trainer, interrupts)
+    begun = trainer.step
     while trainer.step < trainer.config.steps:
         _turn_epoch(trainer)
         _run_step(trainer)
         _evaluate_if_due(trainer, interrupts)
         _save_if_due(trainer)
         interrupts.check(trainer.strategy)
-    if trainer.epoch is not None:
+    if trainer.epoch is not None and trainer.step > begun: # a finished run that is resumed has nothing to announce
         _emit(trainer, "epoch_end")
 
-# %% ../../nbs/43_training.trainer.ipynb #7aa75fdd
+# %% ../../nbs/43_training.trainer.ipynb #b968f546
 def _turn_epoch(
     trainer: Trainer, # about to take a step
 ) -> None:
@@ -718,7 +758,7 @@ def _turn_epoch(
         _emit(trainer, "epoch_start")
         now = getattr(trainer.train_data, "epoch", None)
 
-
+# %% ../../nbs/43_training.trainer.ipynb #a3688782
 def _run_step(
     trainer: Trainer, # moves on by one step
 ) -> None:
@@ -745,16 +785,7 @@ def _run_step(
     _emit(trainer, "step_end")
     _give_up_if_hopeless(trainer.history, trainer.config)
 
-# %% ../../nbs/43_training.trainer.ipynb #9879a9b2
-def _seed_rank(
-    trainer: Trainer, # about to take a step
-) -> None:
-    "Under several ranks, randomness is a function of seed, step and rank: each drops out something else, and none has a state to save."
-    if trainer.strategy.ranks > 1:
-        entropy = [trainer.config.seed, trainer.step, trainer.strategy.rank]
-        seed_everything(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-
-
+# %% ../../nbs/43_training.trainer.ipynb #5e7faae8
 def _fetch(
     trainer: Trainer, # its data moves on
 ) -> list[TrainingBatch]: # of one step, of all ranks
@@ -768,7 +799,16 @@ def _fetch(
         what = "ended" if isinstance(error, StopIteration) else f"failed ({type(error).__name__}: {error})"
         raise TrainingError(f"the training data {what} at step {trainer.step} of {trainer.config.steps}") from error
 
+# %% ../../nbs/43_training.trainer.ipynb #5550da89
+def _seed_rank(
+    trainer: Trainer, # about to take a step
+) -> None:
+    "Under several ranks, randomness is a function of seed, step and rank: each drops out something else, and none has a state to save."
+    if trainer.strategy.ranks > 1:
+        entropy = [trainer.config.seed, trainer.step, trainer.strategy.rank]
+        seed_everything(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
+# %% ../../nbs/43_training.trainer.ipynb #2896e7ee
 def _record(
     trainer: Trainer, # its history gets a row
     loss: float, # nats per token, NaN without an update
@@ -809,7 +849,7 @@ def _learn(
     trainer.pieces = cuts
     return loss, _judged(trainer, loss)
 
-
+# %% ../../nbs/43_training.trainer.ipynb #527dd5e3
 def _judged(
     trainer: Trainer, # with gradients
     loss: float, # nats per token
@@ -920,7 +960,7 @@ def _save(
     trainer._saved = trainer.step
     _emit(trainer, "saved", path)
 
-
+# %% ../../nbs/43_training.trainer.ipynb #7c7cc348
 def _state(
     trainer: Trainer, # between two steps
     data: Mapping[str, Any], # where its data stands
@@ -940,6 +980,8 @@ def _begin(
 ) -> None:
     "Restore a checkpoint if there is one, otherwise seed."
     trainer.optimizer.zero_grad() # of a step that broke
+    if not isinstance(resume, str | Path | None):
+        raise InputError(f"resume is {resume!r}", where="fit", fix="give the folder of a run, or one of its checkpoints")
     path = Path(resume) if resume else None
     found = path if path and (path / "manifest.json").exists() else latest_checkpoint(path) if path else None
     if found:
@@ -951,9 +993,24 @@ def _begin(
     if newest and (step := checkpoint_info(newest).step) > trainer.step:
         what = f"the folder already holds step {step} of a run"
         raise InputError(what, where=str(trainer.folder), fix="resume it, or choose another folder")
+    _must_be_writable(trainer)
     trainer.strategy.wait() # nobody writes before all have looked
 
-# %% ../../nbs/43_training.trainer.ipynb #3201d264
+
+def _must_be_writable(
+    trainer: Trainer, # about to begin
+) -> None:
+    "Raise InputError now, and not when the first checkpoint is due, if the folder is none or read-only."
+    every, steps, refused = trainer.config.checkpoint_every, trainer.config.steps, 0.0
+    due = min(steps, (trainer.step // every + 1) * every) if every else steps
+    if trainer.folder and trainer.is_main and trainer.step < steps:
+        nearest = next(path for path in (trainer.folder, *trainer.folder.absolute().parents) if path.exists())
+        refused = float(not (nearest.is_dir() and os.access(nearest, os.W_OK)))
+    if trainer.strategy.total(refused)[0]:
+        what = f"cannot save the checkpoint of step {due}: {trainer.folder if refused else 'the folder of rank 0'} is not a folder one can write to"
+        raise InputError(what, fix="choose another one")
+
+# %% ../../nbs/43_training.trainer.ipynb #ab704ec2
 def _restore(
     trainer: Trainer, # to be overwritten
     state: dict, # what `_save` wrote
@@ -977,7 +1034,7 @@ def _restore(
         _log.warning("resuming with other settings, so the run will not be the same: %s", ", ".join(changed))
     set_random_state(state["random"])
 
-
+# %% ../../nbs/43_training.trainer.ipynb #50a88857
 def _restore_callbacks(
     trainer: Trainer, # whose callbacks remember
     saved: Sequence[tuple[str, dict[str, State]]], # class names and states, in order
