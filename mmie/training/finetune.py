@@ -615,7 +615,7 @@ def _encoded(
 
 # %% ../../nbs/46_training.finetune.ipynb #65c6e85c
 class ChatBatches:
-    "Batches of conversations for the trainer, without end; the loss is on the answers. Raises `InputError` for no pairs or impossible sizes."
+    "Batches of conversations for the trainer, without end; the loss is on the answers. Raises `InputError` for bad sizes."
     def __init__(
         self,
         pairs: Sequence[QAPair | Dialogue], # at least one
@@ -712,7 +712,7 @@ def answers(
             given[i] = chat.decode(ids).strip()
     return given
 
-# %% ../../nbs/46_training.finetune.ipynb #9552bd7c
+
 def answer(
     model: CausalLM, # fine-tuned
     tokenizer: "BaseTokenizer | PreTrainedTokenizerBase | ChatFormat", # the one it was trained with
@@ -730,7 +730,7 @@ def wilson_interval(
     total: int, # trials
     z: float = 1.959963984540054, # 95 %
 ) -> tuple[float, float]: # lower and upper end
-    "The range of true rates that fit what was observed (Wilson 1927); all of 0 to 1 without any trial. Raises `InputError` unless 0 ≤ correct ≤ total."
+    "The range of true rates that fit what was observed (Wilson 1927); 0 to 1 without any trial. Raises `InputError` for other counts."
     if not 0 <= correct <= total:
         raise InputError(f"{correct} right of {total} is no score", where="wilson_interval")
     if not total:
@@ -955,7 +955,7 @@ def check_dialogues(
 ) -> tuple[list[Dialogue], list[RejectedRow]]: # good rows, rejected rows with reasons
     "Tell rows that can be learned from from the others: a row is good, or there is a reason. Raises `InputError` unless given rows."
     if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
-        raise InputError(f"{type(rows).__name__} is no list of rows", where="check_dialogues", fix="give a list; for a file there is read_dialogues")
+        raise InputError(f"{type(rows).__name__} is no list of rows", fix="give a list; for a file there is read_dialogues")
     count = _counter(tokenizer, max_answer_tokens)
     return _sifted(enumerate(rows, 1), lambda row: _fitting(_dialogue(row), count, max_answer_tokens))
 
