@@ -6,9 +6,9 @@
 __all__ = ['CORPUS', 'MINIMUM_BYTES', 'TOKENIZER', 'EOS', 'RUN_PRESETS', 'PRETRAIN', 'BASELINES', 'FINETUNE', 'QUANTIZE',
            'EXPORT', 'EXAM', 'SAMPLING', 'RUN', 'STAGES', 'Mark', 'claim_folder', 'Made', 'Finished', 'Stage',
            'make_corpus', 'load_corpus', 'make_tokenizer', 'StageConfig', 'RunConfig', 'run_config', 'new_model',
-           'save_pair', 'load_pair', 'pretrain', 'set_the_bar', 'finetuning_pairs', 'finetune', 'quantize_pair',
-           'export_pair', 'openings', 'continue_text', 'decoding_speed', 'examine', 'run_stages', 'assemble',
-           'write_run_report', 'run_life']
+           'save_pair', 'load_marked', 'load_pair', 'pretrain', 'set_the_bar', 'finetuning_pairs', 'finetune',
+           'quantize_pair', 'export_pair', 'openings', 'continue_text', 'decoding_speed', 'examine', 'run_stages',
+           'assemble', 'write_run_report', 'run_life']
 
 # %% ../nbs/93_lifecycle.ipynb #3eb9056e
 import json
@@ -361,6 +361,17 @@ def save_pair(
     model.save(folder)
 
 
+def load_marked(
+    folder: str | Path, # of a tokenizer, alone or beside a model
+) -> BPETokenizer: # knows the end of a text and the marks of a dialogue
+    "Read a tokenizer that the stages can work with. Raises `InputError` when it lacks one of their marks."
+    words = BPETokenizer.load(folder)
+    if missing := [mark for mark in (EOS, *ChatTemplate().special_tokens) if mark not in words.special_tokens]:
+        fix = "make one with `mmie tokenizer train`"
+        raise InputError(f"the tokenizer has no special token {missing[0]!r}", where=str(folder), fix=fix)
+    return words
+
+
 def load_pair(
     folder: str | Path, # written by `save_pair` or `quantize_pair`
 ) -> tuple[DecoderLM, BPETokenizer]: # the model in eval mode, and its tokenizer
@@ -371,7 +382,7 @@ def load_pair(
     model = load_quantized(folder) if (Path(folder) / "quantized.json").exists() else DecoderLM.load(folder)
     if not isinstance(model, DecoderLM):
         raise InputError(f"a quantized {type(model).__name__} is no decoder of ours", where=str(folder))
-    return model.eval(), BPETokenizer.load(folder)
+    return model.eval(), load_marked(folder)
 
 # %% ../nbs/93_lifecycle.ipynb #4e9a59d4
 PRETRAIN = Stage("pretrain", "Pretrain the decoder", "Predict the next token of the training text, over and over.")
@@ -399,7 +410,7 @@ def pretrain(
     plan = config.pretrain.replace(seed=config.seed)
     def work(folder: Path) -> Made:
         config.write(folder / _SETTINGS)
-        words = BPETokenizer.load(tokenizer)
+        words = load_marked(tokenizer)
         train, valid = load_corpus(corpus, heldout=config.heldout, seed=config.seed)
         files = _token_file(train, words, folder / "tokens" / "train"), _token_file(valid, words, folder / "tokens" / "heldout")
         decoder = new_model(ModelConfig.preset(config.model, vocab_size=words.vocab_size, **config.shape), config.seed)
@@ -449,7 +460,7 @@ def set_the_bar(
 ) -> Finished:
     "Bits per byte of the held-out text under strong simple models. Raises `InputError` as `load_corpus` does."
     def work(folder: Path) -> Made:
-        words = BPETokenizer.load(tokenizer)
+        words = load_marked(tokenizer)
         train, valid = ([document.text for document in side] for side in load_corpus(corpus, heldout=heldout, seed=seed))
         bars = compressor_bars(train, valid, words, order=order, eos_id=words.special_tokens[EOS])
         size, n_tokens = sum(len(text.encode()) for text in valid), sum(map(len, words.encode_batch(valid))) + len(valid)

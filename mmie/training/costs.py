@@ -68,6 +68,17 @@ def _countable(
         if getattr(config, name) not in known:
             raise InputError(f"no formula for {name}={getattr(config, name)!r}", fix="count it with saved_bytes")
 
+def _check_size(
+    batch: int, # rows
+    length: int, # tokens in each
+    pieces: int = 1, # into which the rows are cut
+) -> None:
+    "Raises `InputError` for a step that can't be."
+    if batch < 1 or length < 1:
+        raise InputError(f"no step has {batch} rows of {length} tokens", fix="use at least 1 of each")
+    if not 1 <= pieces <= batch:
+        raise InputError(f"{batch} rows can't be cut into {pieces} pieces", where="pieces", fix="use 1 up to the number of rows")
+
 def _rope_tables(
     config: ModelConfig, # its shape
     length: int, # tokens a row
@@ -100,6 +111,7 @@ def activation_bytes(
     chunked: bool = False, # whether the loss is `chunked_next_token_sum`
 ) -> int: # bytes
     "What a step in float32 keeps between forward and backward. Raises `InputError` for kinds of layers without a formula."
+    _check_size(batch, length)
     c, d, tokens = config, config.d_model, batch * length
     layer = sum(activation_numbers(c).values())
     norm = 2 * d + 1 if c.norm == "rmsnorm" else d + 2
@@ -125,13 +137,15 @@ def memory_curve(
     fn: Callable[[], object], # such as one training step
     device: str = "cpu", # whose memory; "cuda" for a GPU's
 ) -> MemoryCurve: # exact
-    "Every allocation and release, added up. Raises `InputError` if nothing was allocated there."
+    "Every allocation and release, added up. Raises `InputError` if nothing was allocated there, or for another kind of device."
     from torch._C._autograd import DeviceType
     from torch.profiler import profile
+    where = {"cpu": DeviceType.CPU, "cuda": DeviceType.CUDA}.get(device.split(":")[0])
+    if where is None:
+        raise InputError(f"the profiler doesn't follow the memory of {device!r}", fix="use 'cpu' or 'cuda'")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6") # the profiler is talkative
     with profile(profile_memory=True) as film:
         fn()
-    where = DeviceType.CUDA if device.startswith("cuda") else DeviceType.CPU
     assert film.profiler is not None
     events = [e for e in film.profiler.kineto_results.events() if e.name() == "[memory]" and e.device_type() == where]
     changes = sorted((e.start_ns(), n, e.nbytes()) for n, e in enumerate(events))
@@ -144,7 +158,9 @@ def memory_curve(
 def film_figure(
     curves: Mapping[str, MemoryCurve], # name → curve
 ) -> "Figure": # a line for each
-    "Memory during a step, as shares of its time."
+    "Memory during a step, as shares of its time. Raises `InputError` without a curve."
+    if not curves:
+        raise InputError("no curve to draw", fix="give at least one")
     fig, ax = figure(width=7.5, height=3.2)
     for color, (name, curve) in zip(PALETTE, curves.items(), strict=False):
         share = [100 * t / curve.seconds[-1] for t in curve.seconds]
@@ -229,7 +245,11 @@ def chunked_next_token_sum(
     batch: Batch, # on the model's device
     rows: int = 256, # tokens whose logits are there at the same time
 ) -> Tensor: # () float32, nats
-    "`next_token_sum` in a fraction of the memory: a loss for the trainer. Raises `InputError` for models in one piece."
+    "`next_token_sum` in a fraction of the memory: a loss for the trainer. Raises `InputError` for models in one piece, or spread over processes."
+    if not isinstance(rows, int) or rows < 1:
+        raise InputError(f"a chunk can't have {rows!r} tokens", where="rows", fix="use 1 or more; 256 is a good number")
+    if any(hasattr(weight, "full_tensor") for weight in model.parameters()): # FSDP's
+        raise InputError("the weights are spread over processes", where="loss", fix="use next_token_sum")
     if not (hasattr(model, "features") and hasattr(model, "logits")):
         what = f"{type(model).__name__} doesn't give its features and its logits separately"
         raise InputError(what, where="loss", fix="use next_token_sum, or a DecoderLM in a single process")
@@ -243,7 +263,7 @@ def chunked_next_token_sum(
     parts = zip(features.split(rows), targets.split(rows), strict=True)
     return torch.stack([next_token_loss(two.logits(part), target) * (target != IGNORE).sum() for part, target in parts]).sum()
 
-# %% ../../nbs/49_training.costs.ipynb #c4fcd20c
+# %% ../../nbs/49_training.costs.ipynb #92b71630
 @dataclass(frozen=True, slots=True)
 class StepCost:
     "What one training step needs."
@@ -263,8 +283,7 @@ def step_cost(
     repeats: int = 3, # steps; the fastest counts
 ) -> StepCost:
     "Memory and time of a step with AdamW. Raises `InputError` for more pieces than rows."
-    if not 1 <= pieces <= len(batch):
-        raise InputError(f"{len(batch)} rows can't be cut into {pieces} pieces", where="pieces", fix="use 1 up to the number of rows")
+    _check_size(*batch.inputs.shape, pieces)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     def step() -> None:
         add_gradients(model, batch.split(pieces), loss, autocast)
@@ -320,6 +339,7 @@ def memory_plan(
     rows: int = 256, # … with so many tokens a chunk
 ) -> MemoryPlan:
     "Predict the memory of training in float32. Raises `InputError` for kinds of layers without a formula."
+    _check_size(batch, length, pieces)
     numbers, d, vocab = 4 * sum(count_parameters(config).values()), config.d_model, config.vocab_size
     piece = -(-batch // pieces)
     tokens = piece * length
@@ -335,7 +355,9 @@ def memory_plan(
 def memory_figure(
     plans: Mapping[str, MemoryPlan], # name → plan
 ) -> "Figure": # a bar for each
-    "What training will hold, term by term."
+    "What training will hold, term by term. Raises `InputError` without a plan."
+    if not plans:
+        raise InputError("no plan to draw", fix="give at least one")
     fig, ax = figure(width=8, height=1.1 + 0.42 * len(plans))
     terms = ("weights", "gradients", "optimizer", "activations", "passing")
     largest = max(plan.total for plan in plans.values())
@@ -361,8 +383,9 @@ def step_flops(
     *,
     recompute: bool = False, # layers are computed twice
 ) -> int: # additions and multiplications in matrix products
-    "Arithmetic of a training step. Raises `InputError` for kinds of layers without a formula. Kaplan et al. 2020."
+    "Arithmetic of a training step. Raises `InputError` for kinds of layers without a formula. Kaplan et al., 2020."
     _countable(config)
+    _check_size(batch, length)
     c, d, size = config, config.d_model, config.head_size
     h, g, m = c.n_heads * size, (c.n_kv_heads or c.n_heads) * size, c.hidden or default_hidden(c.mlp, d)
     layer = 2 * (d * (h + 2 * g) + h * d + (3 if c.mlp in GATED else 2) * d * m) + 4 * h * length
@@ -375,7 +398,9 @@ def product_speed(
     device: str | torch.device = "cpu", # where
     size: int = 1024, # rows and columns
 ) -> float: # operations a second
-    "How fast this machine multiplies when it does nothing else."
+    "How fast this machine multiplies when it does nothing else. Raises `InputError` for a size below 1."
+    if size < 1:
+        raise InputError(f"no matrix has {size} rows", where="size", fix="use 1024 or so")
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     return 2 * size**3 / min(measure(lambda: a @ b, repeats=5).seconds)
 

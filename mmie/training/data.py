@@ -157,8 +157,8 @@ def _read_parts(
         about = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
         tokens = np.memmap(folder / "tokens.bin", dtype=about["dtype"], mode="r")
         ends = np.fromfile(folder / "documents.bin", dtype="<i8").reshape(2, -1)
-        expected = about["n_tokens"], about["n_documents"]
-    except (OSError, ValueError, KeyError) as error:
+        expected, _ = (about["n_tokens"], about["n_documents"]), (about["eos_id"], about["tokenizer"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"no finished token file: {reason}", where=str(folder), fix="write it again") from error
     if (len(tokens), ends.shape[1]) != expected:
@@ -205,6 +205,13 @@ def _id_dtype(
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
+def _document(item: Document) -> Document: # the same
+    "Raise InputError for what isn't a document."
+    if not isinstance(item, Document):
+        raise InputError(f"{str(item)[:40]!r} is a {type(item).__name__}, not a document", fix="give it a name: Document(name, text)")
+    return item
+
+
 def _write_ids(
     path: Path, # the file to write
     documents: Iterable[Document], # in order
@@ -215,7 +222,7 @@ def _write_ids(
     dtype, sizes = _id_dtype(tokenizer.vocab_size), []
     eos = np.array([eos_id])
     with path.open("wb") as file:
-        for group in _in_groups(documents, lambda d: len(d.text), _PIECE):
+        for group in _in_groups(map(_document, documents), lambda d: len(d.text), _PIECE):
             encoded = _encode(tokenizer, [d.text for d in group])
             sizes += [(len(ids) + 1, len(d.text.encode())) for d, ids in zip(group, encoded, strict=True)]
             np.concatenate([part for ids in encoded for part in (ids, eos)]).astype(dtype).tofile(file)
@@ -285,7 +292,7 @@ def write_tokens(
     unfinished = _empty_folder(folder, tokenizer, eos_id)
     if workers > 1:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".shards-") as spare:
-            return gather_shards(encode_shards(tokenizer, documents, spare, workers=workers, eos_id=eos_id), tokenizer, folder)
+            return gather_shards(encode_shards(tokenizer, map(_document, documents), spare, workers=workers, eos_id=eos_id), tokenizer, folder)
     return _finish(folder, unfinished, _write_ids(unfinished, documents, tokenizer, eos_id), tokenizer, eos_id)
 
 # %% ../../nbs/40_training.data.ipynb #0fec799b
@@ -309,6 +316,20 @@ def _gather(
     return torch.from_numpy(np.asarray(tokens[positions]).astype(np.int64))
 
 # %% ../../nbs/40_training.data.ipynb #e970eed3
+def _must_count(seed: int, **numbers: int) -> None:
+    "Raise InputError for a number that counts nothing: rows, tokens and the like from 1, a seed from 0."
+    for name, number in ({"seed": seed} | numbers).items():
+        least = int(name != "seed")
+        if not isinstance(number, int | np.integer) or number < least:
+            raise InputError(f"{name} is {number!r}", fix=f"use a whole number, at least {least}")
+
+
+def _must_be_tokens(tokens: TokenFile) -> None:
+    "Raise InputError for a folder's name where the opened file is needed."
+    if not isinstance(tokens, TokenFile):
+        raise InputError(f"tokens is a {type(tokens).__name__}", fix="open it first: TokenFile.open(folder, tokenizer)")
+
+
 def _must_match(
     saved: SourceState, # from another run's source
     ours: SourceState, # of the source that is to go on from there
@@ -328,9 +349,7 @@ class _Epochs(Generic[_Item]):
     "Hands out the items of an epoch, then those of the next, and knows where it stands."
 
     def __init__(self, seed: int, **about: int) -> None:
-        for name, number in about.items():
-            if number < 1:
-                raise InputError(f"{name} is {number}", fix="use at least 1")
+        _must_count(seed, **about)
         self._about = {"seed": seed} | about
         self._go_to(0, 0)
 
@@ -382,6 +401,8 @@ class EpochWindows(_Epochs[np.int64]):
         *,
         seed: int = 0, # of the offsets and orders
     ) -> None:
+        _must_be_tokens(tokens)
+        _must_count(seed, length=length, batch_size=batch_size)
         if tokens.n_tokens < length + 1:
             raise InputError(f"{tokens.n_tokens} tokens are too few for rows of {length}", fix="use more text or shorter rows")
         self.tokens, self.length, self.batch_size, self.seed = tokens, length, batch_size, seed
@@ -409,6 +430,7 @@ def best_fit(
     if len(sizes) and not 1 <= sizes.min() <= sizes.max() <= capacity:
         what = f"texts of {sizes.min()} to {sizes.max()} tokens for rows of {capacity}"
         raise InputError(what, fix="cut them first, and leave out empty ones")
+    capacity = min(capacity, int(sizes.sum())) # more room than there are tokens makes no difference
     rows, n_rows = np.empty(len(sizes), np.int64), 0
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)] # rows by their room
     rooms = 0 # bit r: there is a row with room for r
@@ -430,7 +452,9 @@ def _text_pieces(
     tokens: TokenFile, # documents of any length
     length: int, # the most that a piece may have
 ) -> NDArray[np.int64]: # (pieces, 2): first position, tokens
-    "Documents, and those that are too long in pieces."
+    "Documents, and those that are too long in pieces. Raises InputError for a length that isn't positive."
+    _must_be_tokens(tokens)
+    _must_count(0, length=length)
     starts = np.concatenate([[0], tokens.token_ends[:-1]])
     parts = -(-(tokens.token_ends - starts) // length)
     document = np.repeat(np.arange(len(parts)), parts)
@@ -467,7 +491,7 @@ class PackedDocuments(_Epochs[NDArray[np.int64]]):
         seed: int = 0, # of packings and orders
     ) -> None:
         self.tokens, self.length, self.batch_size, self.seed = tokens, length, batch_size, seed
-        self._pieces = _text_pieces(tokens, max(1, length))
+        self._pieces = _text_pieces(tokens, length)
         super().__init__(seed, length=length, batch_size=batch_size, n_tokens=tokens.n_tokens)
 
     def _prepare(self, epoch: int) -> int:
@@ -580,7 +604,7 @@ class _Place:
     byte: int # where its piece begins
     skip: int # tokens of the piece before it
 
-
+# %% ../../nbs/40_training.data.ipynb #53a86d97
 class _TokenStream:
     "The tokens of all files, each epoch in another order of files, from some place on."
     def __init__(self, files: Sequence[Path], tokenizer: BaseTokenizer, eos_id: int, seed: int, place: _Place) -> None:
@@ -634,12 +658,12 @@ class _RowBuffer:
             self.position += len(taken[-1])
         return np.concatenate(taken)
 
-
+# %% ../../nbs/40_training.data.ipynb #cbf847ff
 def _text_sources(paths: Sequence[str | Path], **numbers: int) -> list[Path]: # files, in sorted order within folders
     "Files to stream from. Raises InputError if none has text, or a number isn't positive."
-    for name, number in numbers.items():
-        if number < 1:
-            raise InputError(f"{name} is {number}", fix="use at least 1")
+    if isinstance(paths, str | Path):
+        raise InputError(f"paths is {str(paths)!r}, a single one", fix="put it into a list")
+    _must_count(**numbers)
     files = [path for given in map(Path, paths) for _, path in _text_files(given)]
     if all(next(_file_pieces(path, 0), None) is None for path in files):
         where = ", ".join(map(str, paths)) or None
@@ -661,7 +685,7 @@ class StreamedText:
         seed: int = 0, # of the orders
     ) -> None:
         _check_eos(eos_id, tokenizer)
-        self.files, self.batch_size = _text_sources(paths, length=length, batch_size=batch_size, buffer=buffer), batch_size
+        self.files, self.batch_size = _text_sources(paths, seed=seed, length=length, batch_size=batch_size, buffer=buffer), batch_size
         self._about = {"seed": seed, "length": length, "buffer": buffer, "n_bytes": sum(path.stat().st_size for path in self.files)}
         def begin(place: _Place, block: int, position: int) -> _RowBuffer:
             return _RowBuffer(_TokenStream(self.files, tokenizer, eos_id, seed, place), length, buffer, seed, block, position)
@@ -794,7 +818,7 @@ class Prefetched(_Ahead):
         source: BatchSource, # used by the thread alone from now on
         ahead: int = 2, # batches to have ready
     ) -> None:
-        if ahead < 1:
+        if not isinstance(ahead, int) or ahead < 1:
             raise InputError(f"{ahead} batches ahead", fix="use at least 1, or the source itself")
         super().__init__(source, ahead)
 
@@ -875,7 +899,7 @@ def _window_table(
     ends = np.minimum(length + stride * np.arange(1 + -(-(n_tokens - length) // stride)), n_tokens)
     return np.stack([ends - length, np.concatenate([[0], ends[:-1]])], axis=1)
 
-
+# %% ../../nbs/40_training.data.ipynb #98db0b35
 def evaluation_windows(
     tokens: TokenFile, # held-out text
     length: int, # tokens a window
@@ -884,8 +908,15 @@ def evaluation_windows(
     batch_size: int = 16, # windows at a time
 ) -> Iterator[Batch]: # targets are IGNORE where they have been scored before
     "Windows that score each token exactly once, with at least `length - stride` tokens of context where there are any."
-    if not 1 <= stride <= length:
+    _must_be_tokens(tokens)
+    _must_count(0, length=length, stride=stride, batch_size=batch_size)
+    if stride > length:
         raise InputError(f"a stride of {stride} does not fit windows of {length}", fix="use 1 to length")
+    return _windows(tokens, length, stride, batch_size)
+
+
+def _windows(tokens: TokenFile, length: int, stride: int, batch_size: int) -> Iterator[Batch]:
+    "The windows of `evaluation_windows`, one batch after the other."
     table = _window_table(tokens.n_tokens, length, stride)
     span = np.arange(min(length, tokens.n_tokens))
     for first in range(0, len(table), batch_size):

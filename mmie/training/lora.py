@@ -32,7 +32,9 @@ def update_spectrum(
     after: nn.Module, # the same after training
     name: str, # of a matrix in both
 ) -> Tensor: # (min(rows, columns),) the largest first
-    "Singular values of what training changed in one matrix."
+    "Singular values of what training changed in one matrix. Raises `InputError` if there is no such matrix."
+    if name not in dict(before.named_parameters()) or before.get_parameter(name).ndim != 2:
+        raise InputError(f"the model has no matrix {name!r}", where="update_spectrum", fix="take a name from named_parameters()")
     change = after.get_parameter(name).detach() - before.get_parameter(name).detach()
     return torch.linalg.svdvals(change.double())
 
@@ -40,7 +42,7 @@ def update_spectrum(
 class LoRAConfig(Settings):
     "The shape of a detour."
     rank: int = Field(8, ge=1) # directions it can change
-    alpha: float = Field(16.0, gt=0) # how loud it is
+    alpha: float = Field(16.0, gt=0, allow_inf_nan=False) # how loud it is
     dropout: float = Field(0.0, ge=0, lt=1) # share of its inputs dropped in training
     rank_stabilized: bool = False # divide by √rank instead of rank (Kalajdzievski 2023)
 
@@ -156,9 +158,12 @@ def _linear_layers(
 
 def lora_targets(
     model: nn.Module, # ours or of transformers
-    targets: Sequence[str] | None = None, # names of layers, or patterns for full ones; None: all matrices inside
+    targets: Sequence[str] | str | None = None, # names of layers, or patterns for full ones; None: all matrices inside
 ) -> list[str]: # full names, in the model's order
-    "Which layers would get a detour. Raises `InputError` for a target that isn't there."
+    "Which layers would get a detour. Raises `InputError` for a target that isn't there, or none at all."
+    targets = [targets] if isinstance(targets, str) else targets
+    if targets is not None and not targets:
+        raise InputError("there are no targets: nothing would learn", where="targets", fix="name some, or None for all")
     names = list(_linear_layers(_root(model)))
     if not names:
         what = f"there is no linear layer in this {type(model).__name__}"
@@ -197,7 +202,9 @@ def use_lora(
     which: str | Mapping[str, float] | None, # one, several with weights, or none
 ) -> _Model: # the same
     "Choose the adapters that are in use, and that learn. Raises `InputError` for unknown ones, or while any is merged."
-    chosen = {which: 1.0} if isinstance(which, str) else dict(which or {})
+    chosen = {which: 1.0} if isinstance(which, str) else dict(which or {}) if isinstance(which, (Mapping, type(None))) else {}
+    if (which and not chosen) or not all(math.isfinite(weight) for weight in chosen.values()):
+        raise InputError(f"{which!r} chooses no adapters", where="which", fix="give a name, or names and finite weights")
     layers = list(_adapted(model))
     known = {name for _, layer in layers for name in layer.configs}
     if unknown := [name for name in chosen if name not in known]:
@@ -217,7 +224,7 @@ def add_lora(
     rank: int = 8, # directions each matrix can change
     alpha: float = 16.0, # how loud, see `LoRAConfig`
     *,
-    targets: Sequence[str] | None = None, # see `lora_targets`
+    targets: Sequence[str] | str | None = None, # see `lora_targets`
     dropout: float = 0.0, # share of the detours' inputs dropped in training
     rank_stabilized: bool = False, # divide by √rank
     name: str = "default", # of the adapter: a word
@@ -236,7 +243,7 @@ def _put_on(
     seed: int = 0, # of its first numbers
 ) -> _Model: # the same, with the adapter in use
     "Add an adapter to the layers with these names."
-    if not name.isidentifier():
+    if not (isinstance(name, str) and name.isidentifier()):
         raise InputError(f"{name!r} is no name for an adapter", where="name", fix="use a word")
     if any(name in layer.configs for _, layer in _adapted(model)):
         raise InputError(f"there is an adapter {name!r} already", where="name", fix="choose another name, or remove_lora")
@@ -339,6 +346,8 @@ def save_lora(
     config = next(iter(layers.values())).configs[name]
     record = {"mmie": "lora", "version": 1, "name": name, "base": base_fingerprint(model), "config": config.model_dump(mode="json"),
               "layers": list(layers)}
+    if Path(folder).is_file():
+        raise InputError("there is a file of that name", where=str(folder), fix="name a folder")
     atomic_write(Path(folder) / "adapter.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
     atomic_write(Path(folder) / "adapter.json", json.dumps(record, indent=2) + "\n")
 
@@ -355,7 +364,12 @@ def _read_adapter(
         raise InputError(f"no readable adapter: {reason}", where=str(folder), fix="name a folder that save_lora wrote") from error
     if not isinstance(record, dict) or record.get("mmie") != "lora" or record.get("version") != 1:
         raise InputError("this is no adapter of ours, or a newer one", where=str(folder), fix="name a folder that save_lora wrote")
-    if tensors.keys() != {f"{place}.{part}" for place in record["layers"] for part in "AB"}:
+    if not {"name", "base", "config", "layers"} <= record.keys() or not isinstance(record["layers"], list):
+        raise InputError("adapter.json is incomplete", where=str(folder), fix="copy the folder again")
+    ranks = {(tensors[f"{place}.A"].shape[0], tensors[f"{place}.B"].shape[1]) for place in record["layers"]
+             if {f"{place}.A", f"{place}.B"} <= tensors.keys()}
+    rank = LoRAConfig(**record["config"]).rank
+    if ranks != {(rank, rank)} or tensors.keys() != {f"{place}.{part}" for place in record["layers"] for part in "AB"}:
         raise InputError("the two files are of different adapters", where=str(folder), fix="copy the folder again")
     return record, tensors
 
