@@ -573,3 +573,31 @@ def test_two_ranks_with_sharded_weights(tmp_path):
     assert len(wrote) == 2 and wrote[0] == wrote[1] and done.stdout.count("cannot be copied whole") == 2
     rows, curves = told(tmp_path)
     assert [step for event, step, *_ in rows if event == "step"] == list(range(1, 9)) == [step for step, _ in curves["train/loss"]]
+
+
+NAN = math.nan
+MISTAKES = {
+    "patience nan": lambda: cb.EarlyStopping(NAN), "patience None": lambda: cb.EarlyStopping(None), "patience a half": lambda: cb.EarlyStopping(1.5),
+    "min_delta text": lambda: cb.EarlyStopping(min_delta="0"), "divergence nan": lambda: cb.EarlyStopping(divergence=NAN),
+    "minutes None": lambda: cb.TimeLimit(None), "minutes text": lambda: cb.TimeLimit("5"), "minutes nan": lambda: cb.TimeLimit(NAN),
+    "prompts None": lambda: cb.SampleText(TOKENIZER, None), "every half": lambda: cb.SampleText(TOKENIZER, "a", every=1.5),
+    "temperature nan": lambda: cb.SampleText(TOKENIZER, "a", temperature=NAN), "no new token": lambda: cb.SampleText(TOKENIZER, "a", max_new_tokens=0),
+    "seconds nan": lambda: cb.LiveLoss(NAN), "seconds None": lambda: cb.LiveLoss(None), "show 3": lambda: cb.LiveLoss(show=3),
+    "points": lambda: cb.TensorBoard("x", every=0.5), "decay None": lambda: cb.AveragedWeights(None), "decay text": lambda: cb.AveragedWeights("0.9"),
+    "low None": lambda: cb.find_lr(make().model, None, low=None), "high inf": lambda: cb.find_lr(make().model, None, high=math.inf),
+    "steps half": lambda: cb.find_lr(make().model, None, steps=20.5),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_sentence(mistake):
+    with pytest.raises(InputError) as error:
+        MISTAKES[mistake]()
+    assert "\n" not in str(error.value)
+
+
+def test_tensorboard_in_the_place_of_a_file(tmp_path):
+    (tmp_path / "events").write_text("something else")
+    with pytest.raises(InputError, match="cannot write there"):
+        make([cb.TensorBoard(tmp_path / "events")]).fit()
+    assert (tmp_path / "events").read_text() == "something else"

@@ -14,8 +14,9 @@ from mmie.models.decoder import IGNORE, DecoderLM, ModelConfig, next_token_loss
 from mmie.models.pretrained import HFCausalLM
 from mmie.tokenization.bpe import BPETokenizer
 from mmie.training.finetune import (
-    ChatBatches, ChatTemplate, Dialogue, Example, HubChat, HubVocabulary, MarkedChat, Message, QAPair, add_marks, answers, chat_format,
-    check_dialogues, collate, collate_packed, encode_pair, jinja_template, python_questions, read_dialogues,
+    ChatBatches, ChatTemplate, Dialogue, Example, HeldOutPairs, HubChat, HubVocabulary, MarkedChat, Message, QAPair, add_marks, answers,
+    chat_format, check_dialogues, collate, collate_packed, encode_pair, exam_figure, first_sentence, grouped_batches, jinja_template,
+    python_questions, read_dialogues, wilson_interval,
 )
 from mmie.training.lora import (
     AdaptedLinear, add_lora, bake_lora, base_fingerprint, load_lora, lora_targets, merge_lora, remove_lora, save_lora, unmerge_lora, use_lora,
@@ -338,3 +339,65 @@ def test_half_precision_bases_keep_their_adapters_in_float32() -> None:
     assert layer.A["default"].dtype == torch.float32 and logits(model).dtype == torch.bfloat16
     bits = [p.detach().clone() for p in model.parameters()]
     assert all(p.equal(q) for p, q in zip(unmerge_lora(merge_lora(model)).parameters(), bits, strict=True))
+
+
+PAIRS = [QAPair("What?", "This.")]
+ROW = {"question": "a", "answer": "b"}
+MISTAKES = {
+    "seed": lambda: python_questions(-1), "seed None": lambda: python_questions(None),
+    "a string of questions": lambda: answers(tiny(), TOKENIZER, "What?"), "rows of answers": lambda: answers(tiny(), TOKENIZER, ["What?"], batch_size=0),
+    "None among questions": lambda: answers(tiny(), TOKENIZER, [None]), "no tokenizer": lambda: answers(tiny(), None, ["What?"]),
+    "no pairs": lambda: ChatBatches(None, TOKENIZER), "tuples": lambda: ChatBatches([("a", "b")], TOKENIZER),
+    "no length": lambda: ChatBatches(PAIRS, TOKENIZER, max_length=None), "length 0": lambda: ChatBatches(PAIRS, TOKENIZER, max_length=0),
+    "half a row": lambda: ChatBatches(PAIRS, TOKENIZER, batch_size=1.5), "batch seed": lambda: ChatBatches(PAIRS, TOKENIZER, seed=-1),
+    "no text": lambda: QAPair(None, "b"), "no content": lambda: Message("user", None),
+    "nothing held out": lambda: HeldOutPairs([], TOKENIZER), "rows held out": lambda: HeldOutPairs(PAIRS, TOKENIZER, batch_size=0),
+    "five of three": lambda: wilson_interval(5, 3), "minus one": lambda: wilson_interval(-1, 3), "nan": lambda: wilson_interval(float("nan"), 3),
+    "two marks alike": lambda: ChatTemplate("<|a|>", "<|a|>"), "no mark": lambda: ChatTemplate(""),
+    "nothing to measure with": lambda: check_dialogues([ROW], max_answer_tokens=3), "no room": lambda: check_dialogues([ROW], TOKENIZER, max_answer_tokens=0),
+    "None for rows": lambda: check_dialogues(None), "one row for rows": lambda: check_dialogues(ROW), "a name for rows": lambda: check_dialogues("a.jsonl"),
+    "no path": lambda: read_dialogues(None), "an impossible path": lambda: read_dialogues("\0"), "a folder": lambda: read_dialogues("/"),
+    "no rows": lambda: collate([], 0), "no packed rows": lambda: collate_packed([], 0), "an empty row": lambda: collate_packed([[]], 0),
+    "an overfull row": lambda: collate_packed([[Example((1, 2, 3), ((1, 3),))]], 0, 1),
+    "no batch": lambda: grouped_batches([1], 0, np.random.default_rng(0)), "no exam": lambda: exam_figure({}),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_sentence(mistake: str) -> None:
+    with pytest.raises(InputError) as error:
+        MISTAKES[mistake]()
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_conversation_a_forged_file_and_odd_orders_are_refused() -> None:
+    said = {"a": Message("user", "a"), "b": Message("assistant", "b"), "s": Message("system", "s"), "t": Message("tool", "t")}
+    for order, match in (("", "end with"), ("a", "end with"), ("aab", "turn"), ("ba", "turn"), ("abs", "only come first"), ("tab", "role")):
+        with pytest.raises(InputError, match=match):
+            Dialogue(tuple(said[letter] for letter in order))
+    assert python_questions(kinds="month") == python_questions(kinds=["month"])
+    assert first_sentence(None) is None and first_sentence("Ends here. Not there.") == "Ends here."
+    assert first_sentence("Title of it\n===========\n\nMore.") == "Title of it."
+
+
+@pytest.mark.parametrize("change", [{"layers": None}, {"layers": 3}, {"config": {"rank": 4}}, {"name": None}, {"base": None}, {"version": 2}])
+def test_a_damaged_record_leaves_the_model_alone(tmp_path: Path, change: dict) -> None:
+    save_lora(add_lora(tiny()), tmp_path)
+    record = json.loads((tmp_path / "adapter.json").read_text()) | change
+    (tmp_path / "adapter.json").write_text(json.dumps({key: value for key, value in record.items() if value is not None}))
+    model = tiny()
+    with pytest.raises(InputError):
+        load_lora(model, tmp_path)
+    assert not any(isinstance(m, AdaptedLinear) for m in model.modules()) and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("options", [{"targets": []}, {"name": None}, {"alpha": float("inf")}, {"alpha": float("nan")}, {"rank": 1.5}, {"rank": None}])
+def test_a_refused_adapter_changes_nothing(options: dict) -> None:
+    model = tiny()
+    with pytest.raises(InputError):
+        add_lora(model, **options)
+    assert all(p.requires_grad for p in model.parameters())
+    assert add_lora(tiny(), targets="o_proj").state_dict().keys() == add_lora(tiny(), targets=["o_proj"]).state_dict().keys()
+    for which in (["default"], {"default": float("nan")}, {"other": 1.0}):
+        with pytest.raises(InputError):
+            use_lora(add_lora(tiny()), which)

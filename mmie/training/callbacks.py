@@ -56,7 +56,8 @@ class EarlyStopping(Callback):
         divergence: float = math.inf, # stop at once above this held-out loss, nats per token
         target: float = -math.inf, # stop at once at this held-out loss or below: good enough
     ) -> None:
-        if patience < 1 or not 0 <= min_delta < math.inf or not target < divergence:
+        numbers = _is_number(patience, min_delta, target, divergence) and isinstance(patience, int)
+        if not numbers or patience < 1 or not 0 <= min_delta < math.inf or not target < divergence:
             what = f"{patience=}, {min_delta=}, {target=} and {divergence=} make no sense together"
             raise InputError(what, where="EarlyStopping", fix="patience from 1, min_delta from 0, target below divergence")
         self.patience, self.min_delta, self.restore_best = patience, min_delta, restore_best
@@ -89,6 +90,13 @@ class EarlyStopping(Callback):
 
 # %% ../../nbs/44_training.callbacks.ipynb #cb4af24d
 _STANDING = ("best", "best_step", "waited", "last")
+
+
+def _is_number(
+    *values: object, # given by a user
+) -> bool: # infinite ones may be
+    "Whether all are numbers, NaN being none."
+    return all(isinstance(value, (int, float)) and value == value for value in values)
 
 
 def _compare_with_best(
@@ -146,8 +154,8 @@ class TimeLimit(Callback):
         *,
         clock: Callable[[], float] = time.monotonic, # seconds
     ) -> None:
-        if not minutes > 0:
-            raise InputError(f"a time limit of {minutes} minutes is over before it begins", where="TimeLimit", fix="use a positive number")
+        if not (_is_number(minutes) and minutes > 0):
+            raise InputError(f"a time limit of {minutes!r} minutes is over before it begins", where="TimeLimit", fix="use a positive number")
         self.minutes, self._clock = minutes, clock
         self._start = self._before = self._longest = 0.0 # seconds: of the first check, of the last check, the longest pause
 
@@ -243,7 +251,8 @@ def find_lr(
     divergence: float = 2.0, # stop when a loss is this many times the lowest one
 ) -> RangeTest:
     "Test a range of learning rates (Smith, 2017). Raises InputError for an impossible range and when the loss never falls in it."
-    if not 0 < low < high or steps < 20 or not divergence > 1:
+    numbers = _is_number(low, high, divergence) and isinstance(steps, int)
+    if not numbers or not 0 < low < high < math.inf or steps < 20 or not divergence > 1:
         what = f"low={low}, high={high}, steps={steps} and divergence={divergence} make no sense together"
         raise InputError(what, where="find_lr", fix="0 < low < high, at least 20 steps, divergence above 1")
     config, lrs = config or TrainConfig(), np.geomspace(low, high, steps)
@@ -297,10 +306,13 @@ class SampleText(Callback):
         eos_id: int | None = None, # ends a text
         seed: int = 0, # the same luck each time
     ) -> None:
-        self.prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        self.prompts = [prompts] if isinstance(prompts, str) else list(prompts or [])
         self._ids = [tokenizer.encode(prompt) for prompt in self.prompts]
-        if every < 1 or not self._ids or not all(self._ids):
+        if not (isinstance(every, int) and every >= 1 and self._ids and all(self._ids)):
             raise InputError("no prompt, or no step to write at", where="SampleText", fix="give texts that aren't empty, and every ≥ 1")
+        if not (_is_number(temperature) and 0 <= temperature < math.inf and isinstance(max_new_tokens, int) and max_new_tokens >= 1):
+            what = f"{max_new_tokens=} at {temperature=} is no text"
+            raise InputError(what, where="SampleText", fix="use 1 or more, and a temperature from 0")
         self.tokenizer, self.every, self.samples = tokenizer, every, list[WrittenSample]()
         self._knobs = partial(generate, max_new_tokens=max_new_tokens, temperature=temperature, eos_id=eos_id, seed=seed)
 
@@ -325,9 +337,9 @@ class SampleText(Callback):
     def load_state_dict(self, state: dict[str, State]) -> None: # what `state_dict` returned
         self.samples = [WrittenSample(**sample) for sample in cast("list[dict]", state["samples"])]
 
-# %% ../../nbs/44_training.callbacks.ipynb #a307644e
+# %% ../../nbs/44_training.callbacks.ipynb #b8d06ce8
 class LiveLoss(Callback):
-    "The run's curves in the notebook, redrawn in place while it trains; outside of a notebook it says so in the log and draws nothing."
+    "The run's curves, redrawn in place in the notebook; elsewhere it logs a warning. Raises InputError for a bad pause or `show`."
 
     def __init__(
         self,
@@ -335,6 +347,8 @@ class LiveLoss(Callback):
         *,
         show: "Callable[[Figure], object] | None" = None, # gets each figure (None: the notebook's output)
     ) -> None:
+        if not (_is_number(seconds) and seconds >= 0) or not (show is None or callable(show)):
+            raise InputError(f"{seconds=}, {show=}: that draws nothing", where="LiveLoss", fix="use seconds from 0, and a function for show")
         self.seconds, self._given = seconds, show
         self._show, self._next = show, 0.0 # where to draw, and not before when
 
@@ -503,7 +517,7 @@ class TensorBoard(Callback):
         *,
         every: int = 1, # steps between two points of the training curves
     ) -> None:
-        if every < 1:
+        if not (isinstance(every, int) and every >= 1):
             raise InputError(f"every={every} writes nothing", where="TensorBoard", fix="use 1 or more")
         self.folder, self.every = Path(folder), every
         self._new_writer = _summary_writer()
@@ -511,6 +525,7 @@ class TensorBoard(Callback):
 
     def on_fit_start(self, trainer: Trainer) -> None: # opens a new file in the folder
         if trainer.is_main:
+            _make_folder(self.folder)
             while any(self.folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")): # readers go by these names
                 time.sleep(0.05)
             self._writer = self._new_writer(str(self.folder), purge_step=trainer.step)
@@ -552,6 +567,16 @@ def _points(
             "train/tokens_per_second": new_tokens / row["seconds"]}
 
 
+def _make_folder(
+    folder: Path, # for event files
+) -> None:
+    "Raises InputError if it can't be made."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write there: {error.strerror}", where=str(folder), fix="choose another folder") from error
+
+
 def _summary_writer() -> "type[SummaryWriter]":
     "PyTorch's writer of event files. Raises InputError when TensorBoard isn't installed."
     try:
@@ -560,7 +585,7 @@ def _summary_writer() -> "type[SummaryWriter]":
         raise InputError("TensorBoard isn't installed", where="TensorBoard", fix="pip install 'mmie[training]', or use JsonLog") from error
     return SummaryWriter
 
-# %% ../../nbs/44_training.callbacks.ipynb #430b0d5d
+# %% ../../nbs/44_training.callbacks.ipynb #35a19594
 class AveragedWeights(Callback):
     "A running average of the weights, scored beside them (Polyak & Juditsky, 1992). Raises InputError for sharded weights."
 
@@ -568,7 +593,7 @@ class AveragedWeights(Callback):
         self,
         decay: float = 0.999, # share of the average that is kept at each step, in the long run
     ) -> None:
-        if not 0 < decay < 1:
+        if not (_is_number(decay) and 0 < decay < 1):
             raise InputError(f"decay={decay} is no average", where="AveragedWeights", fix="use a number between 0 and 1, such as 0.999")
         self.decay, self.evaluations = decay, list[Evaluation]()
         self._average: AveragedModel | None = None # from the start of a fit
