@@ -193,6 +193,23 @@ def _free_name(
     last = max((attempt for at, attempt in map(_place, _candidates(folder)) if at == step), default=0)
     return folder / f"step-{step:09d}{f'-{last + 1}' if last else ''}"
 
+# %% ../../nbs/42_training.checkpoint.ipynb #73ac2a91
+def _checked(
+    step: int, # optimizer steps taken
+    keep_last: int, # how many of the newest stay
+    metric: float | None, # less is better; also a tensor with one number
+) -> float | None: # the metric; None for one that is not finite, which says nothing
+    "Raises InputError for what is no number."
+    if not isinstance(step, int) or not 0 <= step < 10**9:
+        raise InputError(f"{step!r} is no number of a step", where="step", fix="use 0 to 999999999")
+    if not isinstance(keep_last, int):
+        raise InputError(f"{keep_last!r} is no number of checkpoints", where="keep_last", fix="use 1 or more")
+    try:
+        number = math.nan if metric is None else float(metric)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"a {type(metric).__name__} is no metric", where="metric", fix="use a number, or None") from error
+    return number if math.isfinite(number) else None
+
 # %% ../../nbs/42_training.checkpoint.ipynb #f8a15feb
 def save_checkpoint(
     folder: str | Path, # of the run; made if missing
@@ -207,12 +224,11 @@ def save_checkpoint(
     Raises InputError when the state holds something that cannot be stored, or the disk refuses; the older checkpoints stay."""
     folder = Path(folder)
     temporary = folder / f".saving-{uuid.uuid4().hex[:8]}"
-    if not 0 <= step < 10**9:
-        raise InputError(f"{step} is no number of a step", where="step", fix="use 0 to 999999999")
+    metric = _checked(step, keep_last, metric)
     try:
         _remove([*folder.glob(".saving-*"), *folder.glob(".removed-*")]) # left by processes that were killed
         temporary.mkdir(parents=True)
-        _write_files(temporary, state, step, metric if metric is not None and math.isfinite(metric) else None)
+        _write_files(temporary, state, step, metric)
         target = temporary.rename(_free_name(folder, step))
         _sync_folder(folder)
     except (OSError, SafetensorError) as error:
@@ -270,7 +286,11 @@ def checkpoint_info(
     path: str | Path, # a checkpoint's folder
 ) -> CheckpointInfo:
     "Check a checkpoint against its manifest, bit by bit. Raises InputError saying what is damaged."
+    if path is None: # what `latest_checkpoint` says of an empty folder
+        raise InputError("there is no checkpoint to read", fix="save one first")
     path = Path(path)
+    if inside := _candidates(path):
+        raise InputError("this is the folder of a run", where=str(path), fix=f"name one of its checkpoints, such as {inside[0].name}")
     manifest = _read_manifest(path)
     for name, written in manifest["files"].items():
         try:
@@ -320,7 +340,7 @@ def load_checkpoint(
     try:
         tree = json.loads((path / "state.json").read_text(encoding="utf-8"))
         return _unpack(tree, safetensors.torch.load_file(path / "tensors.safetensors")) # type: ignore[return-value]
-    except (OSError, ValueError, LookupError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise InputError(f"cannot read the checkpoint: {error}", where=str(path), fix="use an older checkpoint") from error
 
 # %% ../../nbs/42_training.checkpoint.ipynb #abe80bb7

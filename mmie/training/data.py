@@ -157,7 +157,7 @@ def _read_parts(
         about = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
         tokens = np.memmap(folder / "tokens.bin", dtype=about["dtype"], mode="r")
         ends = np.fromfile(folder / "documents.bin", dtype="<i8").reshape(2, -1)
-        expected, _ = (about["n_tokens"], about["n_documents"]), (about["eos_id"], about["tokenizer"])
+        expected, _ = (about["n_tokens"], about["n_documents"]), (int(about["eos_id"]), about["tokenizer"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"no finished token file: {reason}", where=str(folder), fix="write it again") from error
@@ -233,15 +233,18 @@ def _write_ids(
 # %% ../../nbs/40_training.data.ipynb #ffc067db
 def _check_eos(eos_id: int | None, tokenizer: BaseTokenizer) -> None:
     "Raise InputError unless it's a token."
-    if eos_id is None or not 0 <= eos_id < tokenizer.vocab_size:
-        raise InputError(f"eos_id {eos_id} is not a token", fix=f"the vocabulary goes from 0 to {tokenizer.vocab_size - 1}")
+    if not isinstance(eos_id, int | np.integer) or not 0 <= eos_id < tokenizer.vocab_size:
+        raise InputError(f"eos_id {eos_id!r} is not a token", fix=f"the vocabulary goes from 0 to {tokenizer.vocab_size - 1}")
 
 
 def _empty_folder(folder: Path, tokenizer: BaseTokenizer, eos_id: int | None) -> Path: # where the ids go for now
     "Get a folder ready to be written. Raises InputError for an impossible EOS."
     _check_eos(eos_id, tokenizer)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokens.json").unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokens.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write tokens here: {error.strerror}", where=str(folder), fix="choose another folder") from error
     return folder / ".tokens.bin.tmp"
 
 
@@ -292,7 +295,8 @@ def write_tokens(
     unfinished = _empty_folder(folder, tokenizer, eos_id)
     if workers > 1:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".shards-") as spare:
-            return gather_shards(encode_shards(tokenizer, map(_document, documents), spare, workers=workers, eos_id=eos_id), tokenizer, folder)
+            shards = encode_shards(tokenizer, map(_document, documents), spare, workers=workers, eos_id=eos_id)
+            return gather_shards(shards, tokenizer, folder)
     return _finish(folder, unfinished, _write_ids(unfinished, documents, tokenizer, eos_id), tokenizer, eos_id)
 
 # %% ../../nbs/40_training.data.ipynb #0fec799b
@@ -719,6 +723,12 @@ class StreamedText:
         self._rows = self._begin(_Place(*place), block, position)
 
 # %% ../../nbs/40_training.data.ipynb #5b20fdbc
+def _must_be_source(source: BatchSource) -> None:
+    "Raise InputError for what gives no batches, such as a list of them."
+    if not isinstance(source, BatchSource):
+        raise InputError(f"a {type(source).__name__} is no source of batches", fix="it needs next_batch, state_dict and load_state_dict")
+
+
 class Mixture:
     "Batches of several sources, so that each gives its share of the scored tokens."
 
@@ -727,6 +737,8 @@ class Mixture:
         sources: Mapping[str, BatchSource], # by name
         weights: Mapping[str, float], # share of each; they're divided by their sum
     ) -> None:
+        for source in sources.values():
+            _must_be_source(source)
         if not sources or sources.keys() != weights.keys() or not all(0 < w < float("inf") for w in weights.values()):
             raise InputError(f"sources {', '.join(sources)} and weights {dict(weights)} don't fit", fix="give each source a weight above 0")
         self.sources, total = dict(sources), sum(weights.values())
@@ -818,6 +830,7 @@ class Prefetched(_Ahead):
         source: BatchSource, # used by the thread alone from now on
         ahead: int = 2, # batches to have ready
     ) -> None:
+        _must_be_source(source)
         if not isinstance(ahead, int) or ahead < 1:
             raise InputError(f"{ahead} batches ahead", fix="use at least 1, or the source itself")
         super().__init__(source, ahead)
@@ -878,6 +891,7 @@ def measure_waiting(
     warmup: int = 3, # steps before that
 ) -> Waiting:
     "Run some steps and take the time of both halves."
+    _must_count(0, steps=steps)
     times = []
     for _ in range(warmup + steps):
         start = time.perf_counter()

@@ -9,6 +9,7 @@ __all__ = ['Kind', 'Launch', 'Replicated', 'sharding_units', 'Sharded', 'distrib
 # %% ../../nbs/45_training.distributed.ipynb #b8f898a7
 import contextlib
 import datetime
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from ..core import InputError, did_you_mean, resolve_device
 from ..measure import measure
@@ -37,6 +39,17 @@ from .trainer import SingleProcess, Strategy
 
 # %% ../../nbs/45_training.distributed.ipynb #8f985917
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def _number(
+    found: Mapping[str, str], # the launcher's variables
+    name: str, # one of them
+) -> int: # its value
+    "Raises InputError when it is no whole number."
+    try:
+        return int(found[name])
+    except ValueError as error:
+        raise InputError(f"{found[name]!r} is not a whole number", where=name, fix="start the script with torchrun") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +67,17 @@ class Launch:
     ) -> "Launch":
         "From torchrun's variables; alone without them. Raises InputError when they are incomplete or make no sense."
         found = {name: value for name in _NAMES if (value := (os.environ if environment is None else environment).get(name))}
-        if not found.keys() & {"RANK", "WORLD_SIZE"}:
+        if not found.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
             return cls()
-        try:
-            rank, ranks, local_rank = (int(found[name]) for name in _NAMES[:3])
-            if not 0 <= rank < ranks:
-                raise InputError(f"rank {rank} of {ranks} cannot be", where="RANK", fix="ranks go from 0 to WORLD_SIZE - 1")
-            found["MASTER_ADDR"], int(found["MASTER_PORT"])
-        except KeyError as missing:
-            what = f"the environment has {', '.join(found)} but no {missing.args[0]}"
-            raise InputError(what, fix="start the script with torchrun or accelerate launch") from missing
-        except ValueError as error:
-            raise error if isinstance(error, InputError) else InputError(str(error), where=", ".join(_NAMES)) from error
+        if missing := [name for name in _NAMES if name not in found]:
+            what = f"the environment has {', '.join(found)} but no {', '.join(missing)}"
+            raise InputError(what, fix="start the script with torchrun or accelerate launch")
+        rank, ranks, local_rank, port = (_number(found, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
+        if not 0 <= rank < ranks or not 0 <= local_rank < ranks:
+            what = f"rank {rank} of {ranks} (local rank {local_rank}) cannot be"
+            raise InputError(what, where="RANK", fix="ranks go from 0 to WORLD_SIZE - 1")
+        if not 0 < port < 65536:
+            raise InputError(f"there is no port {port}", where="MASTER_PORT", fix="use a free one, such as 29500")
         return cls(rank, ranks, local_rank)
 
 # %% ../../nbs/45_training.distributed.ipynb #7b447a86
@@ -99,8 +111,8 @@ class _Ranks:
         return int(self._reduced([n], dist.ReduceOp.MAX)[0])
 
     def wait(self) -> None:
-        "Until everybody has come here."
-        dist.barrier()
+        "Until everybody has come here: a sum needs all of them."
+        self.total(0.0)
 
     def clip(
         self,
@@ -125,6 +137,10 @@ def _check_device(
     "Raises InputError for devices that have no way to exchange gradients."
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"several processes cannot share the work on {device.type!r}", fix="set device to cpu, or use one process")
+    if device.type == "cuda" and "nccl" not in dist.get_backend_config():
+        raise InputError("the processes were connected without their GPUs", where="device", fix="give distributed() the TrainConfig's device")
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        raise InputError(f"{device} belongs to another rank", where="device", fix="set it to cuda, and each rank takes its own")
 
 # %% ../../nbs/45_training.distributed.ipynb #3b87dd00
 class Replicated(_Ranks):
@@ -177,7 +193,11 @@ def sharding_units(
     waiting = list(model.children())
     while waiting:
         child = waiting.pop(0)
-        units.extend(child) if isinstance(child, nn.ModuleList) else waiting.extend(child.children())
+        if not isinstance(child, nn.ModuleList):
+            waiting.extend(child.children())
+            continue
+        for entry in child: # a list in a list is nothing that could be called
+            (waiting if isinstance(entry, nn.ModuleList | nn.ModuleDict) else units).append(entry)
     covered = {id(module) for unit in units for module in unit.modules()}
     outside = {id(p) for module in model.modules() if id(module) not in covered for p in module.parameters(recurse=False)}
     groups = [outside, *({id(p) for p in unit.parameters()} for unit in units)]
@@ -318,10 +338,10 @@ class Sharded(_Ranks):
     def __init__(
         self,
         launch: Launch, # who this process is
-        dtype: torch.dtype | None = None, # gather and compute in this type, such as bfloat16 (None: the weights' own)
+        dtype: torch.dtype | None = None, # gather and compute in this type, bfloat16 (None: the weights' own)
     ) -> None:
         super().__init__(launch)
-        self.dtype, self._hooks = dtype, [register_optimizer_step_pre_hook(_assemble), register_optimizer_step_post_hook(_disassemble)]
+        self.dtype, self._hooks = dtype, list[RemovableHandle]()
 
     def close(self) -> None:
         "Leave other optimizers alone."
@@ -332,6 +352,7 @@ class Sharded(_Ranks):
         "Shard in place. Raises InputError for unsuitable devices, and for blocks that share weights."
         _check_device(device)
         _cut_up(model, init_device_mesh(device.type, (self.ranks,)), self.dtype)
+        self._hooks = self._hooks or [register_optimizer_step_pre_hook(_assemble), register_optimizer_step_post_hook(_disassemble)]
         return model
 
     @contextlib.contextmanager
@@ -359,7 +380,9 @@ def _join(
     device: str, # as in a TrainConfig
     timeout: float, # seconds
 ) -> Store: # a table that all processes can read and write
-    "Connect the processes. Raises InputError when there is no GPU for this rank."
+    "Connect the processes. Raises InputError when they are connected already, and when there is no GPU for this rank."
+    if dist.is_initialized():
+        raise InputError("the processes are connected already", fix="use one `with distributed(…)` at a time, and leave the connecting to it")
     backend, limit = "gloo", datetime.timedelta(seconds=timeout)
     if resolve_device(device).type == "cuda":
         if launch.local_rank >= (here := torch.cuda.device_count()):
@@ -405,7 +428,8 @@ def _farewell(
     "Sort out who failed and who merely noticed."
     if isinstance(error, KeyboardInterrupt | SystemExit):
         return error if launch.rank == 0 else SystemExit(130 if isinstance(error, KeyboardInterrupt) else error.code)
-    lost = isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+    theirs = type(error) is RuntimeError or isinstance(error, dist.DistError) # a TrainingError may speak of time-outs too: of the data's
+    lost = theirs and _LOST.search(str(error)) is not None
     told = "lost the others: one was killed, hangs, or its machine is gone" if lost else f"failed: {type(error).__name__}: {error}"
     reason = f"rank {launch.rank} {told}"
     first = _first_reason(store, reason, launch)
@@ -449,13 +473,18 @@ def distributed(
     *,
     device: str = "auto", # as in the TrainConfig
     timeout: float = 600.0, # seconds to wait for another rank
-    dtype: torch.dtype | None = None, # fsdp only: gather and compute in this type, such as torch.bfloat16
+    dtype: torch.dtype | None = None, # fsdp only: torch.bfloat16 gathers and computes in 16 bits (None: in the weights' own)
 ) -> AbstractContextManager[Strategy]: # for the trainer; `SingleProcess` where this process is alone
-    "Join the processes that were launched, for a `with` block. Raises InputError for an unknown kind or a half-set environment."
+    "Join the processes that were launched, for a `with` block. Raises InputError for settings that make no sense or a half-set environment."
     if kind not in ("ddp", "fsdp"):
-        raise InputError(f"there is no strategy {kind!r}", where="kind", fix=did_you_mean(kind, ["ddp", "fsdp"]))
+        raise InputError(f"there is no strategy {kind!r}", where="kind", fix=did_you_mean(str(kind), ["ddp", "fsdp"]))
+    if not isinstance(timeout, int | float) or not 0 < timeout <= 1e6:
+        raise InputError(f"a timeout of {timeout!r} seconds", where="timeout", fix="600 is ten minutes")
     if dtype is not None and kind != "fsdp":
         raise InputError("replicas have no dtype of their own", where="dtype", fix="set the trainer's precision")
+    if dtype not in (None, torch.bfloat16):
+        raise InputError(f"shards cannot be gathered as {dtype!r}", where="dtype", fix="use torch.bfloat16, or the trainer's precision")
+    resolve_device(device)
     launch = Launch.read()
     if launch.ranks == 1:
         return contextlib.nullcontext(SingleProcess())
@@ -469,9 +498,11 @@ def training_flops(
     "6 N + 12 L h d T (Chowdhery et al., 2022, PaLM, appendix B). Raises InputError for attention without a softmax over pairs."
     if config.attention != "softmax":
         raise InputError(f"there is no formula for {config.attention!r} attention here", fix="count with torch.utils.flop_counter")
+    if length < 1:
+        raise InputError(f"rows of {length} tokens", where="length", fix="use 1 or more")
     parts, busy = count_parameters(config), config.experts_per_token / config.experts if config.experts else 1.0
     matrices = parts["attention"] + parts["MLPs"] * busy + config.vocab_size * config.d_model
-    seen = min(length, config.window or length)
+    seen = min(length, config.window or length) # keys that a query meets
     return 6 * matrices + 12 * config.n_layers * config.n_heads * config.head_size * seen
 
 
@@ -482,8 +513,10 @@ def model_flops_utilization(
     peak: float, # operations per second that all their hardware could do, such as `peak_flops` or a data sheet's
 ) -> float: # a share: 0.4 is good on GPUs
     "Which part of the hardware's arithmetic goes into the model (Chowdhery et al., 2022)."
-    if peak <= 0:
+    if not 0 < peak < math.inf:
         raise InputError(f"a peak of {peak} operations per second", where="peak", fix="measure it with peak_flops")
+    if not 0 <= tokens_per_second < math.inf:
+        raise InputError(f"{tokens_per_second} tokens per second", where="tokens_per_second", fix="train a few steps first")
     return tokens_per_second * training_flops(config, length) / peak
 
 # %% ../../nbs/45_training.distributed.ipynb #d718e432
@@ -492,6 +525,9 @@ def peak_flops(
     dtype: torch.dtype = torch.float32, # of the products
     size: int = 1024, # rows and columns; a GPU wants 8192
 ) -> float: # multiplications and additions per second, with the threads that this process may use
-    "The best of several large matrix products."
+    "The best of several large matrix products. Raises InputError for a device that isn't there, whole numbers and no size."
+    device = resolve_device(device)
+    if size < 1 or not dtype.is_floating_point:
+        raise InputError(f"products of size {size} in {dtype} measure nothing", where="size, dtype", fix="use 1024 and torch.float32")
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     return 2 * size**3 / min(measure(lambda: a @ b, repeats=5).seconds)

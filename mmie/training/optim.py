@@ -10,7 +10,7 @@ __all__ = ['MuonScale', 'ScheduleKind', 'HEAD_NAMES', 'parameter_groups', 'ortho
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 from pydantic import Field
@@ -41,7 +41,9 @@ def orthogonalize(
     dtype: torch.dtype | None = None, # to compute in; None: bf16 where the hardware multiplies in it
     eps: float = 1e-7, # keeps a zero matrix zero
 ) -> Tensor: # (..., rows, columns), in `dtype`
-    "Replace every singular value by one, roughly (0.68 to 1.2), with the Newton–Schulz iteration of Jordan et al. (2024)."
+    "Replace every singular value by one, roughly (0.68 to 1.2), with the Newton–Schulz iteration of Jordan et al. (2024). Raises InputError for vectors."
+    if matrices.ndim < 2:
+        raise InputError(f"a tensor of shape {tuple(matrices.shape)} is no matrix", fix="orthogonalize matrices or stacks of them")
     a, b, c = _COEFFICIENTS
     x = matrices.to(dtype or default_dtype(matrices.device)).reshape(-1, *matrices.shape[-2:])
     tall = x.shape[-2] > x.shape[-1]
@@ -67,6 +69,24 @@ def _muon_scale(
     return 0.2 * math.sqrt(max(rows, columns))
 
 # %% ../../nbs/41_training.optim.ipynb #80fd3c4d
+def _check_muon_group(
+    group: dict, # a parameter group of Muon
+) -> None:
+    "Raises InputError for settings that go uphill or nowhere, and for parameters that are no matrices or are cut wrongly."
+    for name, fine in {"lr": group["lr"] >= 0, "momentum": 0 <= group["momentum"] < 1, "weight_decay": group["weight_decay"] >= 0,
+                       "steps": group["steps"] >= 1, "scale": group["scale"] in get_args(MuonScale)}.items():
+        if not fine:
+            raise InputError(f"{group[name]!r} is no {name} for Muon", where=name, fix="look at its parameters")
+    blocks = group["row_blocks"] or [None] * len(group["params"])
+    if len(blocks) != len(group["params"]):
+        raise InputError(f"{len(blocks)} row_blocks for {len(group['params'])} parameters", where="row_blocks", fix="give one for each, or None")
+    for p, heights in zip(group["params"], blocks, strict=True):
+        if p.ndim != 2:
+            raise InputError(f"Muon steps matrices, and this parameter has the shape {tuple(p.shape)}", fix="give it to AdamW")
+        if heights and sum(heights) != p.shape[0]:
+            raise InputError(f"blocks of {tuple(heights)} rows don't make a matrix of {p.shape[0]}", where="row_blocks", fix="let them add up")
+
+# %% ../../nbs/41_training.optim.ipynb #e0aafe6a
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized (Jordan et al., 2024), for the matrices inside a model; give embeddings, heads and vectors to AdamW.
 
@@ -85,9 +105,8 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         shared = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "scale": scale, "steps": steps}
         super().__init__(params, shared | {"dtype": dtype, "row_blocks": None})
-        for p in (p for group in self.param_groups for p in group["params"]):
-            if p.ndim != 2:
-                raise InputError(f"Muon steps matrices, and this parameter has the shape {tuple(p.shape)}", fix="give it to AdamW")
+        for group in self.param_groups:
+            _check_muon_group(group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None: # type: ignore[override]
@@ -142,6 +161,10 @@ class Schedule:
             raise InputError(what, where="warmup", fix="use a share, such as 0.05")
         if not 0 < self.decay <= 1:
             raise InputError(f"a decay of {self.decay} is no share of a run", where="decay", fix="use more than 0 and at most 1")
+        if self.kind not in get_args(ScheduleKind):
+            raise InputError(f"no schedule is called {self.kind!r}", where="kind", fix=f"use one of {', '.join(get_args(ScheduleKind))}")
+        if not 0 <= self.final <= 1:
+            raise InputError(f"a final factor of {self.final} is no share of the peak", where="final", fix="use 0 to 1")
 
     def __call__(
         self,
