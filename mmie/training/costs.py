@@ -245,7 +245,7 @@ def chunked_next_token_sum(
     batch: Batch, # on the model's device
     rows: int = 256, # tokens whose logits are there at the same time
 ) -> Tensor: # () float32, nats
-    "`next_token_sum` in a fraction of the memory: a loss for the trainer. Raises `InputError` for models in one piece, or spread over processes."
+    "`next_token_sum` in a fraction of the memory. Raises `InputError` for models in one piece, or spread over processes."
     if not isinstance(rows, int) or rows < 1:
         raise InputError(f"a chunk can't have {rows!r} tokens", where="rows", fix="use 1 or more; 256 is a good number")
     if any(hasattr(weight, "full_tensor") for weight in model.parameters()): # FSDP's
@@ -283,7 +283,7 @@ def step_cost(
     repeats: int = 3, # steps; the fastest counts
 ) -> StepCost:
     "Memory and time of a step with AdamW. Raises `InputError` for more pieces than rows."
-    _check_size(*batch.inputs.shape, pieces)
+    _check_size(len(batch), batch.inputs.shape[1], pieces)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     def step() -> None:
         add_gradients(model, batch.split(pieces), loss, autocast)
