@@ -8,8 +8,11 @@ from hypothesis import strategies as st
 
 from mmie.core import InputError, seed_everything
 from mmie.evidence import prove
-from mmie.models.decoder import IGNORE, DecoderLM, ModelConfig
-from mmie.training.costs import activation_bytes, chunked_next_token_sum, memory_curve, memory_plan, saved_bytes, step_cost, step_flops
+from mmie.models.decoder import IGNORE, DecoderLM, ModelConfig, next_token_loss
+from mmie.training.costs import (
+    activation_bytes, chunked_next_token_sum, film_figure, memory_curve, memory_figure, memory_plan, product_speed, saved_bytes, step_cost,
+    step_flops,
+)
 from mmie.training.data import Batch, EpochWindows, TokenFile
 from mmie.training.trainer import LossFunction, TrainConfig, Trainer, next_token_sum, recomputing
 
@@ -110,3 +113,72 @@ def test_no_formula_is_said(changes: dict[str, object]) -> None:
     for formula in (activation_bytes, memory_plan, step_flops):
         with pytest.raises(InputError, match="no formula for"):
             formula(config, 1, 8)
+
+
+def test_steps_that_cannot_be() -> None:
+    for rows, length in ((0, 8), (2, 0), (-1, 8)):
+        for formula in (activation_bytes, memory_plan, step_flops):
+            with pytest.raises(InputError, match=f"no step has {rows} rows of {length} tokens"):
+                formula(TINY, rows, length)
+    for pieces in (0, 3, -1):
+        with pytest.raises(InputError, match="2 rows can't be cut"):
+            memory_plan(TINY, 2, 8, pieces=pieces)
+        with pytest.raises(InputError, match="2 rows can't be cut"):
+            step_cost(model(), batch(2, 8), pieces=pieces)
+
+
+@pytest.mark.parametrize("rows", [0, -3, 2.5, None])
+def test_chunks_that_cannot_be(rows: object) -> None:
+    with pytest.raises(InputError, match="a chunk can't have"):
+        chunked_next_token_sum(model(), batch(2, 8), rows=rows) # type: ignore[arg-type]
+
+
+def test_nothing_to_draw_or_to_film() -> None:
+    for picture in (film_figure, memory_figure):
+        with pytest.raises(InputError, match="to draw"):
+            picture({})
+    with pytest.raises(InputError, match="doesn't follow the memory of 'tpu'"):
+        memory_curve(lambda: torch.ones(3), "tpu")
+    with pytest.raises(InputError, match="no matrix"):
+        product_speed(size=0)
+
+
+def test_weights_spread_over_processes_are_refused() -> None:
+    from torch import distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(InputError, match="spread over processes"):
+            chunked_next_token_sum(fully_shard(model()), batch(2, 8)) # type: ignore[arg-type]
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_loss_may_be_asked_again(dtype: torch.dtype) -> None:
+    logits, targets = torch.randn(2, 9, 50, dtype=dtype, requires_grad=True), torch.randint(50, (2, 9))
+    twice = next_token_loss(logits, targets) * 0.37 + next_token_loss(logits, targets.flip(1)) * 2 # two losses, one graph
+    grads = [torch.autograd.grad(twice, logits, retain_graph=keep)[0] for keep in (True, True, False)]
+    assert grads[0].equal(grads[1]) and grads[0].equal(grads[2])
+    with pytest.raises(RuntimeError, match="second time"):
+        twice.backward() # type: ignore[no-untyped-call]
+
+
+def test_the_loss_scales_in_place_only_when_nobody_asks_again() -> None:
+    logits, targets = torch.randn(2, 9, 50, requires_grad=True), torch.randint(50, (2, 9))
+    kept: list[torch.Tensor] = []
+    for keep in (True, False):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+            loss = next_token_loss(logits, targets)
+        stored = max(kept, key=torch.Tensor.numel)
+        before = stored.clone()
+        torch.autograd.grad(loss, logits, retain_graph=keep)
+        assert stored.equal(before) == keep
+        kept.clear()
+
+
+def test_gradients_for_several_factors_at_a_time() -> None:
+    logits, targets = torch.randn(2, 9, 50, dtype=torch.float64, requires_grad=True), torch.randint(50, (2, 9))
+    several = torch.autograd.grad(next_token_loss(logits, targets), logits, torch.tensor([1.0, -2.0]), is_grads_batched=True)[0]
+    one = torch.autograd.grad(next_token_loss(logits, targets), logits)[0]
+    prove("two factors", several, torch.stack([one, -2 * one]))

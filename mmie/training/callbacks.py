@@ -155,7 +155,7 @@ class TimeLimit(Callback):
         clock: Callable[[], float] = time.monotonic, # seconds
     ) -> None:
         if not (_is_number(minutes) and minutes > 0):
-            raise InputError(f"a time limit of {minutes!r} minutes is over before it begins", where="TimeLimit", fix="use a positive number")
+            raise InputError(f"a time limit of {minutes!r} minutes is over before it begins", where="TimeLimit", fix="use more than 0")
         self.minutes, self._clock = minutes, clock
         self._start = self._before = self._longest = 0.0 # seconds: of the first check, of the last check, the longest pause
 
@@ -348,7 +348,7 @@ class LiveLoss(Callback):
         show: "Callable[[Figure], object] | None" = None, # gets each figure (None: the notebook's output)
     ) -> None:
         if not (_is_number(seconds) and seconds >= 0) or not (show is None or callable(show)):
-            raise InputError(f"{seconds=}, {show=}: that draws nothing", where="LiveLoss", fix="use seconds from 0, and a function for show")
+            raise InputError(f"{seconds=}, {show=}: that draws nothing", where="LiveLoss", fix="use seconds from 0, a function for show")
         self.seconds, self._given = seconds, show
         self._show, self._next = show, 0.0 # where to draw, and not before when
 

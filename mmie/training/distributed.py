@@ -138,7 +138,7 @@ def _check_device(
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"several processes cannot share the work on {device.type!r}", fix="set device to cpu, or use one process")
     if device.type == "cuda" and "nccl" not in dist.get_backend_config():
-        raise InputError("the processes were connected without their GPUs", where="device", fix="give distributed() the TrainConfig's device")
+        raise InputError("the processes were connected without their GPUs", where="device", fix="tell distributed() the same device")
     if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
         raise InputError(f"{device} belongs to another rank", where="device", fix="set it to cuda, and each rank takes its own")
 
@@ -382,7 +382,7 @@ def _join(
 ) -> Store: # a table that all processes can read and write
     "Connect the processes. Raises InputError when they are connected already, and when there is no GPU for this rank."
     if dist.is_initialized():
-        raise InputError("the processes are connected already", fix="use one `with distributed(…)` at a time, and leave the connecting to it")
+        raise InputError("the processes are connected already", fix="use one `with distributed(…)` at a time, which does it")
     backend, limit = "gloo", datetime.timedelta(seconds=timeout)
     if resolve_device(device).type == "cuda":
         if launch.local_rank >= (here := torch.cuda.device_count()):
@@ -475,7 +475,7 @@ def distributed(
     timeout: float = 600.0, # seconds to wait for another rank
     dtype: torch.dtype | None = None, # fsdp only: torch.bfloat16 gathers and computes in 16 bits (None: in the weights' own)
 ) -> AbstractContextManager[Strategy]: # for the trainer; `SingleProcess` where this process is alone
-    "Join the processes that were launched, for a `with` block. Raises InputError for settings that make no sense or a half-set environment."
+    "Join the processes that were launched, for a `with` block. Raises InputError for senseless settings or a half-set environment."
     if kind not in ("ddp", "fsdp"):
         raise InputError(f"there is no strategy {kind!r}", where="kind", fix=did_you_mean(str(kind), ["ddp", "fsdp"]))
     if not isinstance(timeout, int | float) or not 0 < timeout <= 1e6:

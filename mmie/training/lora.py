@@ -373,7 +373,7 @@ def _read_adapter(
         raise InputError("the two files are of different adapters", where=str(folder), fix="copy the folder again")
     return record, tensors
 
-
+# %% ../../nbs/47_training.lora.ipynb #71ab8712
 def load_lora(
     model: _Model, # the base, perhaps with other adapters
     folder: str | Path, # written by `save_lora`

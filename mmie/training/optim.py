@@ -41,7 +41,9 @@ def orthogonalize(
     dtype: torch.dtype | None = None, # to compute in; None: bf16 where the hardware multiplies in it
     eps: float = 1e-7, # keeps a zero matrix zero
 ) -> Tensor: # (..., rows, columns), in `dtype`
-    "Replace every singular value by one, roughly (0.68 to 1.2), with the Newton–Schulz iteration of Jordan et al. (2024). Raises InputError for vectors."
+    """Replace every singular value by one, roughly (0.68 to 1.2), with the Newton–Schulz iteration of Jordan et al. (2024).
+
+    Raises InputError for vectors."""
     if matrices.ndim < 2:
         raise InputError(f"a tensor of shape {tuple(matrices.shape)} is no matrix", fix="orthogonalize matrices or stacks of them")
     a, b, c = _COEFFICIENTS
@@ -79,12 +81,13 @@ def _check_muon_group(
             raise InputError(f"{group[name]!r} is no {name} for Muon", where=name, fix="look at its parameters")
     blocks = group["row_blocks"] or [None] * len(group["params"])
     if len(blocks) != len(group["params"]):
-        raise InputError(f"{len(blocks)} row_blocks for {len(group['params'])} parameters", where="row_blocks", fix="give one for each, or None")
+        raise InputError(f"{len(blocks)} row_blocks for {len(group['params'])} parameters", where="row_blocks", fix="give one for each")
     for p, heights in zip(group["params"], blocks, strict=True):
         if p.ndim != 2:
             raise InputError(f"Muon steps matrices, and this parameter has the shape {tuple(p.shape)}", fix="give it to AdamW")
         if heights and sum(heights) != p.shape[0]:
-            raise InputError(f"blocks of {tuple(heights)} rows don't make a matrix of {p.shape[0]}", where="row_blocks", fix="let them add up")
+            what = f"blocks of {tuple(heights)} rows don't make a matrix of {p.shape[0]}"
+            raise InputError(what, where="row_blocks", fix="let them add up")
 
 # %% ../../nbs/41_training.optim.ipynb #e0aafe6a
 class Muon(torch.optim.Optimizer):

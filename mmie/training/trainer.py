@@ -121,6 +121,17 @@ def _share(
     return (own + batches[0].split(len(batches[0]))[:1] * idle if idle else own), idle
 
 # %% ../../nbs/43_training.trainer.ipynb #42fb9565
+def _one_number(
+    summed: object, # what a loss function returned
+) -> Tensor: # the same
+    "Raise InputError unless it's a single number to go backward from."
+    if not isinstance(summed, Tensor) or summed.numel() != 1 or not summed.requires_grad:
+        shape = f"of shape {tuple(summed.shape)} " if isinstance(summed, Tensor) else ""
+        what = f"the loss function gave a {type(summed).__name__} {shape}that cannot be learned from"
+        raise InputError(what, fix="return one number, the sum over the batch's scored tokens, computed by the model")
+    return summed
+
+
 def add_gradients(
     model: nn.Module, # gradients are added to its parameters
     batches: Sequence[TrainingBatch], # the pieces of one step, on the model's device
@@ -141,7 +152,7 @@ def add_gradients(
         weight = float(left >= idle)
         with strategy.scope(model, left == 0):
             with autocast():
-                summed = loss(model, batch)
+                summed = _one_number(loss(model, batch))
             (summed / n_tokens * (weight * scale * strategy.scale)).backward()
         total = summed.detach() * weight + total
     return strategy.total(float(total))[0] / n_tokens
@@ -170,7 +181,8 @@ class HeldOut:
             if (number := getattr(self, name)) is not None and number < 1:
                 raise InputError(f"{name} is {number}", where="HeldOut", fix="use at least 1")
         if (self.stride or 1) > self.length:
-            raise InputError(f"a stride of {self.stride} leaves gaps between windows of {self.length}", where="HeldOut", fix="use 1 to length")
+            what = f"a stride of {self.stride} leaves gaps between windows of {self.length}"
+            raise InputError(what, where="HeldOut", fix="use 1 to length")
 
     @property
     def n_bytes(self) -> int:
@@ -220,6 +232,8 @@ def evaluate(
     strategy: Strategy | None = None, # each rank scores its rows (None: one process)
 ) -> tuple[float, float | None]: # nats per token, bits per byte
     "Score held-out data. Raises InputError when it has no token that counts."
+    if not hasattr(source, "batches"):
+        raise InputError(f"a {type(source).__name__} is no held-out data", fix="put a token file into HeldOut(tokens, length)")
     parameter, strategy = next(model.parameters(), None), strategy or SingleProcess()
     device = torch.device("cpu") if parameter is None else parameter.device # a model that only counts has no parameters
     autocast, nats, tokens = _autocast(device, precision), 0.0, 0
@@ -384,8 +398,11 @@ class History:
 
     @classmethod
     def from_json(cls, text: str) -> "History": # from `to_json`
-        "The history again."
-        return cls(**_with_nan(json.loads(text)))
+        "The history again. Raises InputError for another text."
+        try:
+            return cls(**_with_nan(json.loads(text)))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError("this text is no history", fix="give what `to_json` returned") from error
 
     def figure(self) -> "Figure": # two panels against the tokens trained on
         "Training loss, and bits per byte on held-out text."
@@ -648,23 +665,26 @@ def _must_fit(
     valid_data: EvaluationSource | None, # needs `batches`
     config: TrainConfig | None, # not a dictionary
     callbacks: Sequence[Callback], # objects whose every on_… is an event
+    loss: LossFunction, # to be called
 ) -> None:
     "Raise InputError for a part of the wrong kind."
-    parts = [
-        (isinstance(model, nn.Module), "model", model, "a torch.nn.Module"),
-        (isinstance(train_data, BatchSource), "train_data", train_data, "something with next_batch, state_dict and load_state_dict, such as EpochWindows"),
-        (valid_data is None or hasattr(valid_data, "batches"), "valid_data", valid_data, "something with batches(), such as HeldOut(tokens, length)"),
-        (config is None or isinstance(config, TrainConfig), "config", config, "a TrainConfig"),
-        (isinstance(callbacks, Sequence), "callbacks", callbacks, "a list"),
-    ]
-    for fits, where, part, wanted in parts:
+    parts: dict[str, tuple[bool, object, str]] = {
+        "model": (isinstance(model, nn.Module), model, "a torch.nn.Module"),
+        "train_data": (isinstance(train_data, BatchSource), train_data, "a source of batches, such as EpochWindows"),
+        "valid_data": (valid_data is None or hasattr(valid_data, "batches"), valid_data, "held-out batches, such as HeldOut(tokens, length)"),
+        "config": (config is None or isinstance(config, TrainConfig), config, "a TrainConfig"),
+        "callbacks": (isinstance(callbacks, Sequence), callbacks, "a list of callbacks"),
+        "loss": (callable(loss), loss, "a function of model and batch"),
+    }
+    for name, (fits, part, wanted) in parts.items():
         if not fits:
-            raise InputError(f"{where} is a {type(part).__name__}", where="Trainer", fix=f"give {wanted}")
+            raise InputError(f"{name} is a {type(part).__name__}", where="Trainer", fix=f"give {wanted}")
     for callback in callbacks:
-        if isinstance(callback, type) or not isinstance(callback, Callback):
+        if not isinstance(callback, Callback):
             raise InputError(f"{callback!r} is not a callback", where="Trainer", fix="give objects of classes made from Callback")
         if unknown := [name for name in dir(callback) if name.startswith("on_") and name[3:] not in EVENTS]:
-            raise InputError(f"{type(callback).__name__} has {unknown[0]}, and there is no such event", where="Trainer", fix=f"one of {', '.join(EVENTS)}")
+            what = f"{type(callback).__name__} has {unknown[0]}, and there is no such event"
+            raise InputError(what, where="Trainer", fix=f"there are {', '.join(EVENTS)}")
 
 # %% ../../nbs/43_training.trainer.ipynb #7aa75fdd
 class Trainer:
@@ -681,7 +701,7 @@ class Trainer:
         loss: LossFunction = next_token_sum, # summed over tokens
         strategy: Strategy | None = None, # who shares the work (None: one process)
     ) -> None:
-        _must_fit(model, train_data, valid_data, config, callbacks)
+        _must_fit(model, train_data, valid_data, config, callbacks, loss)
         self.config, self.strategy = config or TrainConfig(), strategy or SingleProcess()
         self.device, self.is_main = resolve_device(self.config.device), self.strategy.rank == 0
         if self.config.recompute:
@@ -808,7 +828,7 @@ def _seed_rank(
         entropy = [trainer.config.seed, trainer.step, trainer.strategy.rank]
         seed_everything(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
-# %% ../../nbs/43_training.trainer.ipynb #2896e7ee
+
 def _record(
     trainer: Trainer, # its history gets a row
     loss: float, # nats per token, NaN without an update
@@ -945,7 +965,8 @@ def _save(
         return
     broken = next((name for name, p in trainer.model.named_parameters() if not p.isfinite().all()), None)
     if trainer.strategy.total(float(broken is not None))[0]:
-        raise TrainingError(f"the weights are not finite after step {trainer.step}{f' ({broken})' if broken else ''}; the checkpoints before are good")
+        which = f" ({broken})" if broken else ""
+        raise TrainingError(f"the weights are not finite after step {trainer.step}{which}; the checkpoints before are good")
     model, optimizer = trainer.strategy.gather(trainer.model, trainer.optimizer)
     path, failure = trainer.folder, None
     if trainer.is_main:
@@ -960,7 +981,7 @@ def _save(
     trainer._saved = trainer.step
     _emit(trainer, "saved", path)
 
-# %% ../../nbs/43_training.trainer.ipynb #7c7cc348
+
 def _state(
     trainer: Trainer, # between two steps
     data: Mapping[str, Any], # where its data stands
@@ -973,7 +994,7 @@ def _state(
         "loss_scale": asdict(trainer.loss_scale) if trainer.loss_scale else None,
     }
 
-# %% ../../nbs/43_training.trainer.ipynb #3cc1f200
+# %% ../../nbs/43_training.trainer.ipynb #7c7cc348
 def _begin(
     trainer: Trainer, # fresh, or with steps behind it
     resume: str | Path | None, # a run's folder or one checkpoint
@@ -1007,8 +1028,8 @@ def _must_be_writable(
         nearest = next(path for path in (trainer.folder, *trainer.folder.absolute().parents) if path.exists())
         refused = float(not (nearest.is_dir() and os.access(nearest, os.W_OK)))
     if trainer.strategy.total(refused)[0]:
-        what = f"cannot save the checkpoint of step {due}: {trainer.folder if refused else 'the folder of rank 0'} is not a folder one can write to"
-        raise InputError(what, fix="choose another one")
+        where = str(trainer.folder) if refused else "the folder of rank 0"
+        raise InputError(f"cannot save the checkpoint of step {due}: {where} is not a folder one can write to", fix="choose another one")
 
 # %% ../../nbs/43_training.trainer.ipynb #ab704ec2
 def _restore(
@@ -1034,7 +1055,7 @@ def _restore(
         _log.warning("resuming with other settings, so the run will not be the same: %s", ", ".join(changed))
     set_random_state(state["random"])
 
-# %% ../../nbs/43_training.trainer.ipynb #50a88857
+
 def _restore_callbacks(
     trainer: Trainer, # whose callbacks remember
     saved: Sequence[tuple[str, dict[str, State]]], # class names and states, in order
