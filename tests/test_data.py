@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import re
 import threading
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,8 @@ from mmie.training.data import (
     TokenFile,
     best_fit,
     document_batches,
+    evaluation_windows,
+    measure_waiting,
     write_tokens,
 )
 from mmie.training.trainer import TrainConfig, Trainer
@@ -360,3 +364,73 @@ def test_a_run_on_fetched_mixtures_resumes_exactly(tmp_path: Path) -> None:
     run(5)
     again, resumed = run(9, tmp_path / "b")
     assert again == losses and all(weights[name].equal(resumed[name]) for name in weights)
+
+
+def text_files(folder: Path) -> None:
+    (folder / "text.txt").write_text("some words\n" * 100, encoding="utf-8")
+    (folder / "empty.txt").touch()
+
+
+BOOK = token_file([30, 30])
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda f: EpochWindows("book", 8, 2), "tokens is a str"),
+    (lambda f: EpochWindows(BOOK, 0, 2), "length is 0"),
+    (lambda f: EpochWindows(BOOK, 8.0, 2), "length is 8.0"),
+    (lambda f: EpochWindows(BOOK, 8, -2), "batch_size is -2"),
+    (lambda f: EpochWindows(BOOK, 8, float("nan")), "batch_size is nan"),
+    (lambda f: EpochWindows(BOOK, 8, 2, seed=-1), "seed is -1"),
+    (lambda f: EpochWindows(BOOK, 10**12, 2), "too few"),
+    (lambda f: PackedDocuments(None, 8, 2), "tokens is a NoneType"),
+    (lambda f: PackedDocuments(BOOK, -3, 2), "length is -3"),
+    (lambda f: document_batches(BOOK, 100, length=0), "length is 0"),
+    (lambda f: BudgetBatches([], lambda x: x, 10), "n_examples is 0"),
+    (lambda f: StreamedText(f / "text.txt", TOKENIZER, 8, 2, eos_id=256), "put it into a list"),
+    (lambda f: StreamedText([], TOKENIZER, 8, 2, eos_id=256), "no text to read"),
+    (lambda f: StreamedText([f / "empty.txt"], TOKENIZER, 8, 2, eos_id=256), "no text to read"),
+    (lambda f: StreamedText([f / "gone"], TOKENIZER, 8, 2, eos_id=256), "no such file"),
+    (lambda f: StreamedText([f / "text.txt"], TOKENIZER, 8, 2, eos_id=None), "eos_id None"),
+    (lambda f: StreamedText([f / "text.txt"], TOKENIZER, 8, 2, eos_id=256, buffer=0), "buffer is 0"),
+    (lambda f: StreamedText([f / "text.txt"], TOKENIZER, 8, 2, eos_id=256, seed=-1), "seed is -1"),
+    (lambda f: Mixture({}, {}), "don't fit"),
+    (lambda f: Mixture({"a": [1]}, {"a": 1}), "a list is no source"),
+    (lambda f: Mixture({"a": EpochWindows(BOOK, 8, 2)}, {"a": 0}), "above 0"),
+    (lambda f: Mixture({"a": EpochWindows(BOOK, 8, 2)}, {"a": float("nan")}), "above 0"),
+    (lambda f: Mixture({"a": EpochWindows(BOOK, 8, 2)}, {"b": 1}), "don't fit"),
+    (lambda f: Prefetched(EpochWindows(BOOK, 8, 2), ahead=0), "0 batches ahead"),
+    (lambda f: Prefetched([1]), "a list is no source"),
+    (lambda f: evaluation_windows("book", 8, 4), "tokens is a str"),
+    (lambda f: evaluation_windows(BOOK, 8, 4, batch_size=0), "batch_size is 0"),
+    (lambda f: evaluation_windows(BOOK, 8, 9), "stride of 9"),
+    (lambda f: write_tokens(["a", "b"], TOKENIZER, f / "out", eos_id=256), "'a' is a str"),
+    (lambda f: write_tokens([], TOKENIZER, f / "out", eos_id=256), "no document"),
+    (lambda f: write_tokens([Document("a", "b")], TOKENIZER, f / "out", eos_id="<|end|>"), "is not a token"),
+    (lambda f: write_tokens([Document("a", "b")], TOKENIZER, f / "out", eos_id=257), "is not a token"),
+    (lambda f: write_tokens([Document("a", "b")], TOKENIZER, f / "text.txt", eos_id=256), "cannot write tokens"),
+    (lambda f: measure_waiting(EpochWindows(BOOK, 8, 2), len, steps=0), "steps is 0"),
+])
+def test_what_cannot_work_is_refused_in_one_sentence(make: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+    text_files(tmp_path)
+    with pytest.raises(InputError, match=re.escape(message)):
+        make(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"dtype": "banana"}, {"dtype": 3}, {"n_tokens": 3}, {"eos_id": "x"}, {"eos_id": None}])
+def test_a_damaged_description_is_refused(change: dict[str, object], tmp_path: Path) -> None:
+    write_tokens([Document("a", "some text")], TOKENIZER, tmp_path, eos_id=256)
+    about = json.loads((tmp_path / "tokens.json").read_text(encoding="utf-8"))
+    for content in (json.dumps(about | change), "[]", "", "null"):
+        (tmp_path / "tokens.json").write_text(content, encoding="utf-8")
+        with pytest.raises(InputError):
+            TokenFile.open(tmp_path)
+
+
+def test_nine_tokens_are_one_window_of_eight() -> None:
+    one = TokenFile(np.arange(9, dtype=np.uint16), np.array([9]), np.array([8]), 8, "")
+    batch = EpochWindows(one, 8, 3).next_batch()
+    assert batch.inputs.tolist() == [[*range(8)]] * 3 and batch.targets[:, -1].tolist() == [8] * 3
+
+
+def test_rows_longer_than_the_corpus_cost_nothing_to_pack() -> None:
+    assert best_fit(np.array([3, 4, 5]), 10**12).tolist() == [0, 0, 0]

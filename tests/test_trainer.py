@@ -25,7 +25,7 @@ from mmie.training.checkpoint import latest_checkpoint, load_checkpoint, save_ch
 from mmie.training.data import Batch, EpochWindows, TokenFile
 from mmie.training.optim import NamedOptimizer
 from mmie.training.trainer import (
-    Callback, HeldOut, History, SingleProcess, SkipEpoch, StopTraining, TrainConfig, Trainer, TrainingError, add_gradients, balanced_loss, evaluate,
+    Callback, Evaluation, HeldOut, History, SingleProcess, SkipEpoch, StopTraining, TrainConfig, Trainer, TrainingError, add_gradients, balanced_loss, evaluate,
     next_token_sum, recomputing,
 )
 
@@ -155,7 +155,14 @@ def test_one_ranks_trouble_is_everybodys(tmp_path: Path) -> None:
         assert isinstance(error, TrainingError) and "the loss is nan" in str(error)
 
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    main, other = on_ranks(2, lambda s: Trainer(decoder(), source(), config=config, folder=tmp_path / "file" / "x", strategy=s).fit())
+    for error in on_ranks(2, lambda s: Trainer(decoder(), source(), config=config, folder=tmp_path / "file" / "x", strategy=s).fit()):
+        assert isinstance(error, InputError) and "cannot save the checkpoint of step 4" in str(error) # before the first step
+
+    class Moved(Callback): # the disk breaks later
+        def on_step_end(self, trainer: Trainer) -> None:
+            trainer.folder = tmp_path / "file" / "x"
+
+    main, other = on_ranks(2, lambda s: Trainer(decoder(), source(), config=config, folder=tmp_path / "fine", callbacks=[Moved()], strategy=s).fit())
     assert isinstance(main, InputError) and "cannot save" in str(main)
     assert isinstance(other, TrainingError) and "rank 0" in str(other)
 
@@ -399,6 +406,84 @@ def test_a_history_of_the_old_kind_is_read() -> None:
     assert History.from_json(module.json.dumps(old)).losses == [1.0]
 
 
+def test_a_history_is_drawn_and_summed_up_whatever_is_in_it() -> None:
+    for losses in ([], [math.nan], [math.nan] * 200, [math.nan] * 199 + [2.0], [2.0] * 3 + [math.inf] * 300, [1.0] * 120):
+        n = len(losses)
+        history = History(losses, [10] * n, [0.1] * n, [1.0] * n, [0.0] * n, [0.0] * n)
+        assert len(history.figure().axes) == 2
+        assert math.isnan(history.wait_share) and math.isnan(history.tokens_per_second)
+        back = History.from_json(history.to_json())
+        assert back.to_json() == history.to_json() and repr(back.mean_loss()) == repr(history.mean_loss())
+    assert History().bits_per_byte is None and math.isnan(History().mean_loss())
+    assert Evaluation(0, 0, 5000.0, None).perplexity == math.inf and math.isnan(Evaluation(0, 0, math.nan, None).perplexity)
+    assert Evaluation(0, 0, math.log(50), None).perplexity == pytest.approx(50)
+
+
+def test_a_finished_run_has_nothing_to_announce(tmp_path: Path) -> None:
+    config, seen = TrainConfig(steps=3, device="cpu"), []
+
+    class Notes(Callback):
+        def on_fit_start(self, trainer: Trainer) -> None: seen.append("fit_start")
+        def on_epoch_start(self, trainer: Trainer) -> None: seen.append("epoch_start")
+        def on_epoch_end(self, trainer: Trainer) -> None: seen.append("epoch_end")
+        def on_fit_end(self, trainer: Trainer) -> None: seen.append("fit_end")
+
+    for _ in range(2):
+        Trainer(decoder(), source(), config=config, callbacks=[Notes()], folder=tmp_path).fit(resume=tmp_path)
+    assert seen == ["fit_start", "epoch_start", "epoch_end", "fit_end", "fit_start", "fit_end"]
+
+
+class Nothing:
+    n_bytes = 1
+
+    def batches(self):
+        return iter(())
+
+
+@pytest.mark.parametrize(("parts", "message"), [
+    ({"model": None}, "model is a NoneType"),
+    ({"train_data": [1, 2]}, "train_data is a list"),
+    ({"valid_data": "folder"}, "valid_data is a str"),
+    ({"config": {"steps": 3}}, "config is a dict"),
+    ({"callbacks": Callback()}, "callbacks is a Callback"),
+    ({"callbacks": [Callback]}, "not a callback"),
+    ({"callbacks": [None]}, "not a callback"),
+    ({"loss": None}, "loss is a NoneType"),
+])
+def test_parts_of_the_wrong_kind_are_refused_at_once(parts: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Trainer(**{"model": decoder(), "train_data": source()} | parts) # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("loss", [lambda m, b: 1.0, lambda m, b: torch.ones(()), lambda m, b: m(b.inputs).mean(-1)])
+def test_a_loss_is_one_number_to_learn_from(loss: Callable) -> None:
+    with pytest.raises(InputError, match="that cannot be learned from"):
+        Trainer(decoder(), source(), config=TrainConfig(steps=1, device="cpu"), loss=loss).fit()
+    with pytest.raises(InputError, match="no held-out data"):
+        evaluate(decoder(), tokens()) # type: ignore[arg-type]
+    for text in ("{", "[]", "null", '{"loss": []}'):
+        with pytest.raises(InputError, match="no history"):
+            History.from_json(text)
+
+
+@pytest.mark.parametrize("numbers", [{"length": 0}, {"length": -1}, {"length": 8, "stride": 0}, {"length": 8, "stride": 9}, {"length": 8, "batch_size": 0}])
+def test_impossible_windows_are_refused_at_once(numbers: dict[str, int]) -> None:
+    with pytest.raises(InputError):
+        HeldOut(tokens(), **numbers)
+
+
+def test_evaluation_leaves_no_trace_and_needs_something_to_score() -> None:
+    model = decoder()
+    model.train().blocks[0].eval() # somebody froze a part of it
+    before = [m.training for m in model.modules()]
+    evaluate(model, HeldOut(tokens(100), length=16))
+    assert [m.training for m in model.modules()] == before and {*before} == {True, False}
+    with pytest.raises(InputError, match="no token to score"):
+        evaluate(model, Nothing())
+    with pytest.raises(InputError, match="resume is True"):
+        Trainer(model, source()).fit(resume=True) # type: ignore[arg-type]
+
+
 SCRIPT = """
 import sys, time
 sys.path.insert(0, {tests!r})
@@ -412,7 +497,7 @@ Trainer(decoder(), source(), config=TrainConfig(steps=10_000, device="cpu"), cal
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
-@pytest.mark.parametrize(("number", "codes"), [(signal.SIGTERM, {143}), (signal.SIGINT, {-signal.SIGINT, 1})]) # torch's own clean-up makes a 1 of it
+@pytest.mark.parametrize(("number", "codes"), [(signal.SIGTERM, {143}), (signal.SIGINT, {-signal.SIGINT})]) # 130 to a shell
 def test_a_scheduler_gets_its_exit_code_and_we_our_checkpoint(number: int, codes: set[int], tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path)), encoding="utf-8")

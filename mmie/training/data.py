@@ -325,7 +325,7 @@ def _must_count(seed: int, **numbers: int) -> None:
     for name, number in ({"seed": seed} | numbers).items():
         least = int(name != "seed")
         if not isinstance(number, int | np.integer) or number < least:
-            raise InputError(f"{name} is {number!r}", fix=f"use a whole number, at least {least}")
+            raise InputError(f"{name} is {number!r}", fix=f"use at least {least}, a whole number")
 
 
 def _must_be_tokens(tokens: TokenFile) -> None:

@@ -120,7 +120,7 @@ def _share(
     idle = strategy.rounds(len(own)) - len(own)
     return (own + batches[0].split(len(batches[0]))[:1] * idle if idle else own), idle
 
-# %% ../../nbs/43_training.trainer.ipynb #42fb9565
+# %% ../../nbs/43_training.trainer.ipynb #99ca1e40
 def _one_number(
     summed: object, # what a loss function returned
 ) -> Tensor: # the same
@@ -131,7 +131,7 @@ def _one_number(
         raise InputError(what, fix="return one number, the sum over the batch's scored tokens, computed by the model")
     return summed
 
-
+# %% ../../nbs/43_training.trainer.ipynb #42fb9565
 def add_gradients(
     model: nn.Module, # gradients are added to its parameters
     batches: Sequence[TrainingBatch], # the pieces of one step, on the model's device
@@ -671,7 +671,7 @@ def _must_fit(
     parts: dict[str, tuple[bool, object, str]] = {
         "model": (isinstance(model, nn.Module), model, "a torch.nn.Module"),
         "train_data": (isinstance(train_data, BatchSource), train_data, "a source of batches, such as EpochWindows"),
-        "valid_data": (valid_data is None or hasattr(valid_data, "batches"), valid_data, "held-out batches, such as HeldOut(tokens, length)"),
+        "valid_data": (valid_data is None or hasattr(valid_data, "batches"), valid_data, "held-out batches: HeldOut(tokens, length)"),
         "config": (config is None or isinstance(config, TrainConfig), config, "a TrainConfig"),
         "callbacks": (isinstance(callbacks, Sequence), callbacks, "a list of callbacks"),
         "loss": (callable(loss), loss, "a function of model and batch"),
