@@ -92,13 +92,6 @@ class EarlyStopping(Callback):
 _STANDING = ("best", "best_step", "waited", "last")
 
 
-def _is_number(
-    *values: object, # given by a user
-) -> bool: # infinite ones may be
-    "Whether all are numbers, NaN being none."
-    return all(isinstance(value, (int, float)) and value == value for value in values)
-
-
 def _compare_with_best(
     stopper: EarlyStopping, # takes note
     trainer: Trainer, # whose weights are copied if they are the best
@@ -126,13 +119,20 @@ def _verdict(
         return f"no better than {stopper.best:.3f} in {stopper.waited} evaluations"
     return None
 
-
+# %% ../../nbs/44_training.callbacks.ipynb #80650770
 def _stop_if(
     reason: str | None, # None: go on
 ) -> None:
     "Raise StopTraining if there is a reason to."
     if reason:
         raise StopTraining(reason)
+
+
+def _is_number(
+    *values: object, # given by a user
+) -> bool: # infinite ones may be
+    "Whether all are numbers, NaN being none."
+    return all(isinstance(value, (int, float)) and value == value for value in values)
 
 
 def _refuse_shards(
