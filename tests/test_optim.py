@@ -51,3 +51,9 @@ def test_odd_shapes_are_orthogonalized_or_refused() -> None:
     assert orthogonalize(torch.zeros(0, 4, 5)).shape == (0, 4, 5)
     assert not orthogonalize(torch.zeros(4, 5)).any()
     assert orthogonalize(torch.full((1, 1), 1e-3), dtype=torch.float64).item() == pytest.approx(1, abs=0.4)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 1.0), (-0.1, 0.9), (0.9,), None])
+def test_settings_refuse_averages(betas: object) -> None:
+    with pytest.raises(InputError, match="betas"):
+        OptimConfig(betas=betas) # type: ignore[arg-type]
