@@ -1,8 +1,10 @@
 """Translation: data that can't leak, batches that lose nothing, a model that can't peek, readers that drop nothing, a translator that survives a folder and a stop."""
 import datetime
+import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,11 @@ from hypothesis import strategies as st
 
 from mmie.core import InputError
 from mmie.models.decoder import IGNORE
-from mmie.models.encoder_decoder import EncoderDecoderConfig, EncoderDecoderLM, generate_targets
+from mmie.models.encoder_decoder import EncoderDecoderConfig, EncoderDecoderLM, encoder_decoder_to_hf, generate_targets
 from mmie.tokenization.base import ByteTokenizer
 from mmie.training.data import BatchSource, EpochSource
 from mmie.training.trainer import TrainConfig, Trainer, evaluate
-from mmie.training.translation import (END_MARK, SAYINGS, START_MARK, HeldOutTexts, PairBatch, TextPair, TextPairBatches, Translated, TranslationReport, align_words, cldr_pairs,
+from mmie.training.translation import (END_MARK, SAYINGS, START_MARK, HeldOutTexts, PairBatch, TextPair, TextPairBatches, Translated, TranslationReport, align_words, alignment_figure, cldr_pairs,
                                        collate_texts, encode_texts, erase_words, is_held_out, load_translator, pair_logits, pair_loss, peeks, read_aligned, read_jsonl,
                                        read_parallel, read_po, read_tsv, save_translator, score_translations, shared_tokenizer, token_words, translate, worst_translations)
 
@@ -289,3 +291,162 @@ def test_plurals(tmp_path: Path, rule: str, forms: list[str], pairs: list[tuple[
     (tmp_path / "a.po").write_text("\n".join(lines) + "\n", encoding="utf-8")
     read = read_po(tmp_path / "a.po")
     assert [(p.source, p.target) for p in read.pairs] == pairs and len(read.skipped) == (not pairs)
+
+
+# --- wrong inputs: each gets one sentence
+
+BAD_PAIRS = {
+    "n=-1": {"n": -1}, "n='5'": {"n": "5"}, "n=None": {"n": None}, "n=2.5": {"n": 2.5}, "n=nan": {"n": float("nan")}, "seed=-1": {"seed": -1}, "seed=None": {"seed": None},
+    "one kind": {"kinds": "date"}, "no kinds": {"kinds": None}, "kinds of numbers": {"kinds": [3]}, "one year": {"years": (1900,)}, "years=None": {"years": None},
+    "no year": {"years": (2000, 2000)}, "year 0": {"years": (0, 5)}, "half years": {"years": (1900.5, 1901.5)}, "digits=0": {"digits": 0}, "digits=13": {"digits": 13}, "digits=2.5": {"digits": 2.5}}
+
+
+@pytest.mark.parametrize("wrong", BAD_PAIRS.values(), ids=BAD_PAIRS)
+def test_wrong_limits_of_pairs(wrong: dict) -> None:
+    with pytest.raises(InputError):
+        cldr_pairs("en", "fr", **{"n": 3} | wrong)
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"max_tokens": 0}, "max_tokens is 0"), ({"max_tokens": None}, "max_tokens is None"), ({"max_length": 0}, "max_length is 0"), ({"stretch": 0}, "stretch is 0"),
+    ({"stretch": -1}, "stretch is -1"), ({"seed": -1}, "seed is -1"), ({"seed": None}, "seed is None"), ({"pairs": []}, "no pairs"), ({"pairs": [("a", "b")]}, "of type tuple"),
+    ({"pairs": [TextPair("a", None)]}, "expected a text"), ({"max_length": 2}, "the model takes 2"), ({"max_tokens": 2}, "max_tokens=2"), # type: ignore[arg-type]
+    ({"tokenizer": ByteTokenizer()}, "no special token")])
+def test_wrong_batches(wrong: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TextPairBatches(**{"pairs": [TextPair("one", "un")], "tokenizer": TOKENIZER} | wrong)
+
+
+def test_held_out_texts_are_checked_at_once() -> None:
+    for wrong in ({"pairs": []}, {"max_tokens": 0}, {"max_length": 2}, {"pairs": [TextPair("a", "")]}):
+        with pytest.raises(InputError):
+            HeldOutTexts(**{"pairs": [TextPair("one", "un")], "tokenizer": TOKENIZER} | wrong)
+    with pytest.raises(InputError, match="needs a row"):
+        collate_texts([], 256)
+    with pytest.raises(InputError, match="changed since"):
+        TextPairBatches([TextPair("one", "un")], TOKENIZER).load_state_dict({})
+    with pytest.raises(InputError, match="too little text"):
+        shared_tokenizer([], 700)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"texts": None}, {"texts": "one"}, {"texts": [None]}, {"texts": ["a", "  "]}, {"texts": ["a" * 97]}, {"beams": 0}, {"beams": 1.5}, {"batch_size": 0}, {"batch_size": -1},
+    {"max_new_tokens": 0}, {"max_new_tokens": 96}, {"tokenizer": ByteTokenizer()}, {"tokenizer": ByteTokenizer([START_MARK, END_MARK, "<more>"])}], ids=str)
+def test_wrong_questions(wrong: dict) -> None:
+    with pytest.raises(InputError):
+        translate(**{"model": a_model(), "tokenizer": TOKENIZER, "texts": ["one"]} | wrong)
+
+
+def test_no_questions_no_answers() -> None:
+    assert translate(a_model(), TOKENIZER, []) == []
+
+
+@pytest.mark.parametrize("tokenize", ["chars", None, "ja-mecab"])
+def test_wrong_cuts_show_before_the_work(tokenize: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if tokenize == "ja-mecab" and importlib.util.find_spec("MeCab"):
+        pytest.skip("MeCab is installed")
+    monkeypatch.setattr("mmie.training.translation.translate", lambda *_, **__: pytest.fail("it was translated first"))
+    with pytest.raises(InputError, match="BLEU can't cut text"):
+        score_translations(a_model(), TOKENIZER, [TextPair("a", "b")], tokenize=tokenize)
+
+
+def test_reports_of_nothing() -> None:
+    with pytest.raises(InputError, match="nothing to grade"):
+        TranslationReport(())
+    with pytest.raises(InputError, match="no questions"):
+        score_translations(a_model(), TOKENIZER, [])
+    with pytest.raises(InputError, match="n is -1"):
+        worst_translations(TranslationReport((Translated(TextPair("a", "b"), "c"),)), -1)
+    with pytest.raises(InputError, match="nothing to show"):
+        alignment_figure({})
+
+
+@pytest.mark.parametrize("align", [align_words, erase_words])
+@pytest.mark.parametrize(("source", "target", "message"), [
+    ("", "x", "no words"), (" ", "x", "no words"), ("x y", "", "no words"), ("x y", " ", "no words"), ("x " * 60, "x", "max_length"), ("x y", "x" * 96, "max_length")])
+def test_nothing_to_align(align: Callable[..., object], source: str, target: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        align(a_model(), TOKENIZER, source, target)
+
+
+def test_wrong_layers_and_words() -> None:
+    for layer in (1, -2, None, 0.5):
+        with pytest.raises(InputError, match="the decoder has 1"):
+            align_words(a_model(), TOKENIZER, "x y", "z", layer=layer) # type: ignore[arg-type]
+    with pytest.raises(InputError, match="one word"):
+        erase_words(a_model(), TOKENIZER, "240", "240")
+    with pytest.raises(InputError, match="don't belong together"):
+        align_words(a_model(), ByteTokenizer([START_MARK, END_MARK, "<more>"]), "x y", "z")
+
+
+@pytest.mark.parametrize("path", [None, 7, ["a.tsv"]])
+@pytest.mark.parametrize("read", [read_tsv, read_jsonl, read_po, read_parallel, load_translator])
+def test_not_a_path(read: Callable[..., object], path: object) -> None:
+    with pytest.raises(InputError, match="a path is of type"):
+        read(path)
+
+
+@pytest.mark.parametrize("read", [read_tsv, read_jsonl, read_po])
+def test_not_a_file(read: Callable[..., object], tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(InputError, match="cannot read the file"):
+            read(path)
+    with pytest.raises(InputError, match=r"there is no config\.json"):
+        load_translator(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"one\tun\n\ntwo\tdeux\n", "line 2"), (b"one\tun\textra\n", "3 columns"), (b"", "the file is empty"), (b"one\tun\ncaf\xe9\tcaf\xe9\n", "line 2"), (b" \tun\n", "source is empty"), (b"\t\n", "the source and the target are")])
+def test_bad_tsv(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.tsv").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_tsv(tmp_path / "a.tsv")
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b'{"source": "one", "target": "un"}\n\n', "line 2"), (b'{"en": "one", "fr": "un"}\n', "names="), (b'{"source": "\\ud800", "target": "un"}\n', "half a character"), (b"[1]\n", "no object"),
+    (b'{"translation": null}\n', "no object"), (b'{"source": "a", "target": NaN}\n', "float"), (b"[" * 100_000 + b"\n", "not JSON"), (b'{"source": "a", "target": ""}\n', "target is empty")])
+def test_bad_jsonl(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_jsonl(tmp_path / "a.jsonl")
+
+
+def test_names_of_fields(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"s": "a", "t": "b"}\n', encoding="utf-8")
+    assert read_parallel(tmp_path / "a.jsonl", names=("s", "t")).pairs == (TextPair("a", "b"),)
+    for names in ("st", ("s",), None, (1, 2)):
+        with pytest.raises(InputError, match="give two"):
+            read_jsonl(tmp_path / "a.jsonl", names) # type: ignore[arg-type]
+
+
+def test_which_files_go_together(tmp_path: Path) -> None:
+    (tmp_path / "A.TSV").write_text("a\tb\n", encoding="utf-8")
+    assert read_parallel(tmp_path / "A.TSV").pairs == (TextPair("a", "b"),)
+    for paths in ((tmp_path / "A.TSV", tmp_path / "A.TSV"), (), ("a", "b", "c"), ("words.csv",)):
+        with pytest.raises(InputError):
+            read_parallel(*paths)
+
+
+@pytest.mark.parametrize("rule", ["nplurals=2; plural=(n +", "nplurals=2; plural=(n % 0)", "nplurals=2; plural=(n > 1 ? n / 0 : 0)", "nplurals=2; plural=5", "nplurals=2; plural=os", "nplurals=x; plural=0"])
+def test_a_plural_rule_that_cannot_be_computed(tmp_path: Path, rule: str) -> None:
+    text = f'msgid ""\nmsgstr ""\n"Plural-Forms: {rule};\\n"\n\nmsgid "d"\nmsgid_plural "ds"\nmsgstr[0] "a"\nmsgstr[1] "b"\n'
+    (tmp_path / "a.po").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"a\.po"):
+        read_po(tmp_path / "a.po")
+
+
+def test_russian_has_three_forms(tmp_path: Path) -> None:
+    rule = "nplurals=3; plural=(n%10==1 && n%100!=11 ? 0 : n%10>=2 && n%10<=4 && (n%100<10 || n%100>=20) ? 1 : 2)"
+    entry = 'msgid "%d file"\nmsgid_plural "%d files"\nmsgstr[0] "%d файл"\nmsgstr[1] "%d файла"\nmsgstr[2] "%d файлов"'
+    (tmp_path / "ru.po").write_text(f'msgid ""\nmsgstr ""\n"Plural-Forms: {rule};\\n"\n\n{entry}\n', encoding="utf-8")
+    assert not read_po(tmp_path / "ru.po").pairs and "3 plural forms" in read_po(tmp_path / "ru.po").skipped[0].reason
+
+
+def test_a_folder_with_another_tokenizer(tmp_path: Path) -> None:
+    save_translator(tmp_path, a_model(), TOKENIZER)
+    shared_tokenizer(cldr_pairs("en", "fr", 200), 300).save(tmp_path)
+    with pytest.raises(InputError, match="don't belong together"):
+        load_translator(tmp_path)
+    with pytest.raises(InputError, match="no such model"):
+        encoder_decoder_to_hf(a_model(), tmp_path / "hf") # rotary positions: transformers has none
