@@ -319,7 +319,7 @@ def _cut_up(
     dtype: torch.dtype | None, # to gather and compute in (None: the weights' own)
 ) -> None:
     "Make every parameter a shard. Raises InputError for blocks that share weights."
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False)
     units = [*sharding_units(model), model]
     for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
         dist.broadcast(tensor.detach(), 0)
