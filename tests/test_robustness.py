@@ -716,7 +716,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     (home / "text").mkdir()
     for number, page in enumerate(pages):
         (home / "text" / f"{number}.txt").write_text(page, encoding="utf-8")
-    BPETokenizer.train(pages, 400, special_tokens=["<|endoftext|>"]).save(home / "tokenizer")
+    BPETokenizer.train(pages, 400, special_tokens=("<|endoftext|>", *ChatTemplate().special_tokens)).save(home / "tokenizer")
     return home / "text", home / "tokenizer"
 
 
