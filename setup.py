@@ -25,7 +25,7 @@ setup(
     package_data={"mmie": ["py.typed", "**/*.j2", "**/*.css", "**/*.yaml"]},
     include_package_data=False,
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "scale", "lab", "explorer", "training", "translation")},
+    extras_require={name.removesuffix("_requirements"): value.split() for name, value in cfg.items() if name.endswith("_requirements")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
