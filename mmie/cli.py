@@ -7,6 +7,7 @@ __all__ = ['app']
 
 # %% ../nbs/94_cli.ipynb #d91702b1
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -38,6 +39,8 @@ class _Commands(TyperGroup):
         self,
         ctx: Any, # the parsed command line, as Click's context
     ) -> Any: # what the command returns
+        if {"RANK", "WORLD_SIZE"} <= os.environ.keys() and os.environ["WORLD_SIZE"] != "1": # torchrun, or accelerate launch
+            _stop("these commands run in one process; start a script of your own with several (chapter 45 shows one)", 2)
         try:
             return super().invoke(ctx)
         except InputError as error:

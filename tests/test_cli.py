@@ -141,3 +141,10 @@ def test_a_run_that_cannot_go_on_says_why_in_a_line(text: Path, tokenizer: Path,
     monkeypatch.setattr("mmie.lifecycle.pretrain", broken)
     done = CliRunner().invoke(app, ["train", "--corpus", str(text), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "model")])
     assert (done.exit_code, done.stderr) == (1, "mmie: 6 of 50 steps had no usable gradient\n")
+
+
+def test_several_processes_do_not_write_into_one_folder(mmie: Run, text: Path, tokenizer: Path, tmp_path: Path) -> None:
+    code = "import os, sys; os.environ |= {'RANK': '0', 'WORLD_SIZE': '2'}; sys.argv = ['mmie', *sys.argv[1:]]; from mmie.cli import app; app()"
+    words = ["train", "--corpus", str(text), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "model")]
+    refused(subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False), "one process")
+    assert not (tmp_path / "model").exists()

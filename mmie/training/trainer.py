@@ -1015,7 +1015,9 @@ def _begin(
         what = f"the folder already holds step {step} of a run"
         raise InputError(what, where=str(trainer.folder), fix="resume it, or choose another folder")
     _must_be_writable(trainer)
-    trainer.strategy.wait() # nobody writes before all have looked
+    if trainer.strategy.rounds(trainer.step) != trainer.step: # the largest of all ranks; and nobody writes before all have looked
+        what = f"process {trainer.strategy.rank} finds no checkpoint after step {trainer.step}, another one does"
+        raise InputError(what, where=str(resume), fix="put the folder on a disk that all machines see")
 
 
 def _must_be_writable(
