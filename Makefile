@@ -27,6 +27,7 @@ bench: $(DEV) ## Speed beside the programs that people use instead (some minutes
 	mmie bench attention
 	mmie bench decode
 	mmie bench train-step
+	mmie bench train
 
 lab: $(DEV) ## Open JupyterLab on the book
 	jupyter lab --notebook-dir nbs
