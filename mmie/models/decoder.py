@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['AttentionKind', 'PRESETS', 'IGNORE', 'AttentionConfig', 'ModelConfig', 'count_parameters', 'DecoderCache',
            'padding_mask', 'document_mask', 'DecoderTrunk', 'RemembersPositions', 'make_cache', 'DecoderLM',
-           'init_decoder', 'is_plain', 'OneToken', 'next_token_loss', 'decoder_tensors', 'save_decoder', 'load_decoder']
+           'init_decoder', 'is_plain', 'OneToken', 'loss_and_slope', 'next_token_loss', 'decoder_tensors',
+           'save_decoder', 'load_decoder']
 
 # %% ../../nbs/32_models.decoder.ipynb #90a424df
 import importlib
@@ -697,6 +698,20 @@ def _asked_again(
     several = torch._C._functorch.is_legacy_batchedtensor(outer) or torch._C._functorch.is_batchedtensor(outer)
     return several or torch._C._autograd._get_current_graph_task_keep_graph()
 
+def loss_and_slope(
+    logits: Tensor, # (rows, vocab)
+    targets: Tensor, # (rows,) long, IGNORE where there is none
+    slope: bool = True, # whether the gradient is wanted
+) -> tuple[Tensor, Tensor | None]: # () sum of -log p(target); its gradient (rows, vocab), both float32 or wider
+    "What some rows cost, and which way is down: probabilities, less one at the target."
+    real = (targets != IGNORE)[:, None]
+    target = targets[:, None].where(real, 0)
+    row = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    loss = -row.gather(1, target).mul_(real).sum()
+    if not slope:
+        return loss, None
+    return loss, row.exp_().scatter_add_(1, target, row.new_full((), -1).expand_as(target)).mul_(real)
+
 class _TokenLoss(torch.autograd.Function):
     "Cross-entropy that visits a few rows at a time and leaves the gradient behind as it goes."
     @staticmethod
@@ -710,14 +725,10 @@ class _TokenLoss(torch.autograd.Function):
         grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None # type: ignore[attr-defined]
         size = max(1, 2**19 // logits.shape[-1])
         for i in range(0, len(targets), size):
-            target = targets[i:i + size, None]
-            real = target != IGNORE
-            target = target.where(real, 0)
-            row = logits[i:i + size].log_softmax(-1, dtype=total.dtype)
-            total -= row.gather(1, target).mul_(real).sum()
-            if grad is not None:
-                row.exp_().scatter_add_(1, target, row.new_full((), -1).expand_as(target))
-                grad[i:i + size] = row.mul_(real)
+            loss, slope = loss_and_slope(logits[i:i + size], targets[i:i + size], grad is not None)
+            total += loss
+            if grad is not None and slope is not None:
+                grad[i:i + size] = slope
         if grad is not None:
             ctx.save_for_backward(grad)
         return total

@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from ..core import InputError
 from ..figures import PALETTE, figure
 from ..measure import measure, tensor_bytes
-from ..models.decoder import IGNORE, ModelConfig, count_parameters, next_token_loss
+from ..models.decoder import IGNORE, ModelConfig, count_parameters, loss_and_slope, next_token_loss
 from ..models.layers import GATED, default_hidden
 from .data import Batch
 from .trainer import LossFunction, add_gradients, next_token_sum, recomputing
@@ -187,12 +187,8 @@ def _there_and_back(
     "One chunk forward, and back at once. Whatever is as wide as the vocabulary is gone at the end."
     with torch.enable_grad():
         logits = write(part.requires_grad_())
-    real = targets != IGNORE
-    target = targets.where(real, 0)[:, None]
-    logp = logits.detach().log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    loss = -logp.gather(1, target)[:, 0].mul(real).sum()
-    slope = logp.exp_().scatter_add_(1, target, logp.new_full((), -1).expand_as(target)).mul_(real[:, None])
-    below, *found = torch.autograd.grad(logits, [part, *weights], slope.to(logits.dtype))
+    loss, slope = loss_and_slope(logits.detach(), targets)
+    below, *found = torch.autograd.grad(logits, [part, *weights], cast(Tensor, slope).to(logits.dtype))
     for grad, more in zip(grads, found, strict=True):
         grad.add_(more)
     return loss, below

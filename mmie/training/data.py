@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SourceState', 'TrainingBatch', 'Batch', 'BatchSource', 'EpochSource', 'TokenFile', 'gather_shards', 'write_tokens',
-           'EpochWindows', 'best_fit', 'PackedDocuments', 'BudgetBatches', 'document_batches', 'StreamedText',
-           'Mixture', 'Prefetched', 'Waiting', 'measure_waiting', 'evaluation_windows']
+           'in_order_of_size', 'EpochWindows', 'best_fit', 'PackedDocuments', 'BudgetBatches', 'document_batches',
+           'StreamedText', 'Mixture', 'Prefetched', 'Waiting', 'measure_waiting', 'evaluation_windows']
 
 # %% ../../nbs/40_training.data.ipynb #c5946001
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -392,6 +393,58 @@ class _Epochs(Generic[_Item]):
         "Go back to where another one was. Raises InputError if that was in other data."
         _must_match(state, self.state_dict(), ("epoch", "position"))
         self._go_to(cast(int, state["epoch"]), cast(int, state["position"]))
+
+# %% ../../nbs/40_training.data.ipynb #c3c523fd
+def _fingerprint(
+    *things: object, # whatever must not change
+) -> int: # 48 bits
+    "A number that changes when anything does."
+    return int.from_bytes(hashlib.blake2b(repr(things).encode(), digest_size=6).digest(), "big")
+
+
+class _Dealt(_Epochs[_Item]):
+    "Batches that are dealt anew each epoch, from data known by its fingerprint."
+
+    def __init__(
+        self,
+        *things: object, # that must not change until a resume
+        changed: str, # what may have changed, for the error
+        where: str, # likewise
+    ) -> None:
+        self.fingerprint, self._told = _fingerprint(*things), (changed, where)
+        self._go_to(0, 0)
+
+    def _deal(self, epoch: int) -> Sequence[_Item]: # all batches of the epoch
+        raise NotImplementedError
+
+    def _prepare(self, epoch: int) -> int:
+        self.batches = self._deal(epoch)
+        return len(self.batches)
+
+    def _items(self, start: int, stop: int) -> Sequence[_Item]:
+        return self.batches[start:stop]
+
+    def state_dict(self) -> SourceState: # JSON-ready
+        "Where we are."
+        return {"epoch": self.epoch, "done": self.position, "fingerprint": self.fingerprint}
+
+    def load_state_dict(
+        self,
+        state: SourceState, # from `state_dict`
+    ) -> None:
+        "Go on from there. Raises InputError if the data is not the same."
+        if state.get("fingerprint") != self.fingerprint:
+            raise InputError(f"{self._told[0]} changed since the checkpoint", where=self._told[1])
+        self._go_to(cast(int, state["epoch"]), cast(int, state["done"]))
+
+
+def in_order_of_size(
+    sizes: Sequence[int], # of each item
+    rows: int, # items at a time
+) -> Iterator[list[int]]: # indices
+    "All items, small ones first, so many at a time."
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    return (order[at : at + rows] for at in range(0, len(order), rows))
 
 # %% ../../nbs/40_training.data.ipynb #b8da58d0
 class EpochWindows(_Epochs[np.int64]):

@@ -13,7 +13,6 @@ __all__ = ['QAPair', 'first_sentence', 'Questions', 'python_questions', 'ChatTok
 import ast
 import builtins
 import calendar
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -43,7 +42,7 @@ from ..models.decoder import IGNORE
 from ..models.generation import CausalLM, generate
 from ..models.pretrained import HFCausalLM
 from ..tokenization.base import BaseTokenizer
-from .data import Batch, SourceState, best_fit
+from .data import Batch, _Dealt, best_fit, in_order_of_size
 
 # %% ../../nbs/46_training.finetune.ipynb #db40b12e
 if TYPE_CHECKING:
@@ -573,13 +572,6 @@ def _packed_batches(
     return [[rows[i] for i in order[at:at + batch_size]] for at in range(0, len(order), batch_size)]
 
 # %% ../../nbs/46_training.finetune.ipynb #6050bfea
-def _fingerprint(
-    *things: object, # whatever must not change
-) -> int: # 48 bits
-    "A number that changes when anything does."
-    return int.from_bytes(hashlib.blake2b(repr(things).encode(), digest_size=6).digest(), "big")
-
-
 def _epoch_rows(
     examples: Sequence[Example], # all of them
     batch_size: int, # rows of a batch
@@ -614,7 +606,7 @@ def _encoded(
     return [example for pair in pairs for example in chat.encode(Dialogue.of(pair), max_length)]
 
 # %% ../../nbs/46_training.finetune.ipynb #65c6e85c
-class ChatBatches:
+class ChatBatches(_Dealt[list[list[int]]]):
     "Batches of conversations for the trainer, without end; the loss is on the answers. Raises `InputError` for bad sizes."
     def __init__(
         self,
@@ -631,33 +623,17 @@ class ChatBatches:
         chat = chat_format(tokenizer, template)
         self.examples, self.pad_id = _encoded(pairs, chat, max_length), chat.end_ids[0]
         self.batch_size, self.seed, self.room = batch_size, seed, max_length if packed else None
-        self.fingerprint = _fingerprint(seed, batch_size, self.room, [(e.ids, e.spans) for e in self.examples])
-        self._begin(0, 0)
+        super().__init__(seed, batch_size, self.room, [(e.ids, e.spans) for e in self.examples],
+                         changed="the pairs, the tokenizer, the seed or the batch size", where="ChatBatches")
 
-    def _begin(self, epoch: int, done: int) -> None:
-        self.epoch, self.done = epoch, done # passes so far, batches of this one given out
-        self.batches = _epoch_rows(self.examples, self.batch_size, self.room, np.random.default_rng([self.seed, epoch]))
+    def _deal(self, epoch: int) -> list[list[list[int]]]:
+        return _epoch_rows(self.examples, self.batch_size, self.room, np.random.default_rng([self.seed, epoch]))
 
     def next_batch(self) -> Batch: # up to batch_size rows
         "The next batch; after the last one the data is shuffled anew."
-        if self.done == len(self.batches):
-            self._begin(self.epoch + 1, 0)
-        rows = [[self.examples[i] for i in row] for row in self.batches[self.done]]
-        self.done += 1
+        (batch,) = self._take(1)
+        rows = [[self.examples[i] for i in row] for row in batch]
         return collate([row[0] for row in rows], self.pad_id) if self.room is None else collate_packed(rows, self.pad_id, self.room)
-
-    def next_epoch(self) -> None: # the rest of this one is dropped
-        self._begin(self.epoch + 1, 0)
-
-    def state_dict(self) -> dict[str, int]: # JSON-ready
-        "Where we are."
-        return {"epoch": self.epoch, "done": self.done, "fingerprint": self.fingerprint}
-
-    def load_state_dict(self, state: SourceState) -> None: # from `state_dict`
-        "Go on from there. Raises `InputError` if the data is not the same."
-        if state.get("fingerprint") != self.fingerprint:
-            raise InputError("the pairs, the tokenizer, the seed or the batch size changed since the checkpoint", where="ChatBatches")
-        self._begin(cast(int, state["epoch"]), cast(int, state["done"]))
 
 # %% ../../nbs/46_training.finetune.ipynb #68e6d055
 @dataclass(frozen=True, slots=True)
@@ -704,9 +680,8 @@ def answers(
         raise InputError("answers takes a list of questions and a batch_size from 1", fix="for a single question there is answer")
     chat, room = chat_format(tokenizer, template), None if model.max_length is None else model.max_length - max_new_tokens
     prompts = [chat.prompt([Message("user", q)] if isinstance(q, str) else q, room) for q in questions]
-    given, order = [""] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for at in range(0, len(order), batch_size):
-        rows = order[at:at + batch_size]
+    given = [""] * len(prompts)
+    for rows in in_order_of_size([len(prompt) for prompt in prompts], batch_size):
         new = generate(model, [prompts[i] for i in rows], max_new_tokens, temperature=0.0, eos_id=chat.end_ids)
         for i, ids in zip(rows, new, strict=True):
             given[i] = chat.decode(ids).strip()
@@ -747,6 +722,15 @@ class Score:
     correct: int # to the letter
     total: int # asked
 
+    @classmethod
+    def of(
+        cls,
+        right: Iterable[bool], # of each answer
+    ) -> "Score":
+        "Count them."
+        marks = list(right)
+        return cls(sum(marks), len(marks))
+
     @property
     def rate(self) -> float: # 0 to 1; 0 if nothing was asked
         "The share of right answers."
@@ -785,12 +769,12 @@ class ExactMatch:
         kinds: dict[str, list[bool]] = {}
         for item in self.graded:
             kinds.setdefault(item.pair.kind, []).append(item.right)
-        return {kind: Score(sum(right), len(right)) for kind, right in kinds.items()}
+        return {kind: Score.of(right) for kind, right in kinds.items()}
 
     @property
     def overall(self) -> Score:
         "The score of all questions together."
-        return Score(sum(item.right for item in self.graded), len(self.graded))
+        return Score.of(item.right for item in self.graded)
 
     def _rows(self) -> list[list[str]]:
         return [[kind or "all", f"{s.correct} of {s.total}", str(s)] for kind, s in (self.by_kind | {"": self.overall}).items()]

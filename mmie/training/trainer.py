@@ -1010,7 +1010,8 @@ def _begin(
         _log.info("going on from step %d (%s)", trainer.step, found)
     elif trainer.step == 0:
         seed_everything(trainer.config.seed)
-    newest = latest_checkpoint(trainer.folder) if trainer.folder else None
+    same = path is not None and trainer.folder is not None and path.resolve() == trainer.folder.resolve() # then it's the newest
+    newest = latest_checkpoint(trainer.folder) if trainer.folder and not same else None
     if newest and (step := checkpoint_info(newest).step) > trainer.step:
         what = f"the folder already holds step {step} of a run"
         raise InputError(what, where=str(trainer.folder), fix="resume it, or choose another folder")

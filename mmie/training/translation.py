@@ -39,7 +39,7 @@ from ..models.generation import generate
 from ..models.search import beam_search
 from ..tokenization.base import BaseTokenizer, as_tensors, budget_batches, load_tokenizer, pad
 from ..tokenization.bpe import BPETokenizer
-from .data import SourceState
+from .data import _Dealt, in_order_of_size
 from .finetune import Score
 
 # %% ../../nbs/48_training.translation.ipynb #b76c5060
@@ -418,7 +418,7 @@ def _deal(
     return [dealt[i] for i in rng.permutation(len(dealt))]
 
 # %% ../../nbs/48_training.translation.ipynb #33590244
-class TextPairBatches:
+class TextPairBatches(_Dealt[np.ndarray]):
     "Sentence pairs for the trainer, without end, in batches of at most so many tokens on either side."
     def __init__(
         self,
@@ -436,33 +436,16 @@ class TextPairBatches:
         _at_least(0, seed=seed)
         self.rows, self.start_id = encode_texts(pairs, tokenizer, max_length), _marks(tokenizer)[0]
         self.max_tokens, self.seed, self.stretch = max_tokens, seed, stretch
-        told = repr((max_tokens, seed, stretch, self.rows)).encode()
-        self.fingerprint = int.from_bytes(hashlib.blake2b(told, digest_size=6).digest(), "big")
-        self._begin(0, 0)
+        super().__init__(max_tokens, seed, stretch, self.rows,
+                         changed="the pairs, the tokenizer, the seed or the budget", where="data")
 
-    def _begin(self, epoch: int, done: int) -> None:
-        self.epoch, self.done, self.batches = epoch, done, _deal(self.rows, self.max_tokens, self.stretch, [self.seed, epoch])
-
-    def next_epoch(self) -> None:
-        "Leave the rest of this epoch out."
-        self._begin(self.epoch + 1, 0)
+    def _deal(self, epoch: int) -> list[np.ndarray]:
+        return _deal(self.rows, self.max_tokens, self.stretch, [self.seed, epoch])
 
     def next_batch(self) -> PairBatch:
         "The next batch; after the last one all pairs are shuffled anew."
-        if self.done == len(self.batches):
-            self.next_epoch()
-        self.done += 1
-        return collate_texts([self.rows[i] for i in self.batches[self.done - 1]], self.start_id)
-
-    def state_dict(self) -> dict[str, int]: # JSON-ready
-        "Where we are."
-        return {"epoch": self.epoch, "done": self.done, "fingerprint": self.fingerprint}
-
-    def load_state_dict(self, state: SourceState) -> None: # from `state_dict`
-        "Go on from there. Raises `InputError` if the data is not the same."
-        if state.get("fingerprint") != self.fingerprint:
-            raise InputError("the pairs, the tokenizer, the seed or the budget changed since the checkpoint", where="data")
-        self._begin(int(state["epoch"]), int(state["done"])) # type: ignore[arg-type]
+        (batch,) = self._take(1)
+        return collate_texts([self.rows[i] for i in batch], self.start_id)
 
 # %% ../../nbs/48_training.translation.ipynb #fb605fba
 @dataclass(frozen=True, slots=True)
@@ -565,9 +548,8 @@ def translate(
     ids, (start, end) = _asked(texts, tokenizer, model.config.max_length), _marks(tokenizer)
     limit = model.config.max_length - 1 if max_new_tokens is None else max_new_tokens
     _at_least(1, beams=beams, max_new_tokens=limit, batch_size=batch_size)
-    order, written = sorted(range(len(ids)), key=lambda i: len(ids[i])), [""] * len(ids)
-    for at in range(0, len(order), batch_size):
-        rows = order[at:at + batch_size]
+    written = [""] * len(ids)
+    for rows in in_order_of_size([len(row) for row in ids], batch_size):
         source, real = (t.to(model.device) for t in pad_sources([ids[i] for i in rows]))
         with inference(model):
             reader, starts = WithSource(model, model.encode(source, real)), [[start]] * len(rows)
@@ -627,7 +609,7 @@ class TranslationReport:
     @property
     def exact(self) -> Score:
         "Translations that are right to the letter, with Wilson's interval."
-        return Score(sum(item.right for item in self.items), len(self.items))
+        return Score.of(item.right for item in self.items)
 
     @property
     def by_kind(self) -> "dict[str, TranslationReport]": # in the order they were asked
