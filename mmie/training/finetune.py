@@ -598,19 +598,22 @@ def _check_batches(
 
 
 def _encoded(
-    pairs: Sequence[QAPair | Dialogue], # to be learned
+    pairs: Sequence[QAPair | Dialogue | Example], # to be learned
     chat: ChatFormat, # template and tokenizer
     max_length: int, # most tokens the model looks at
 ) -> list[Example]: # one or more of each
-    "Everything as tokens."
-    return [example for pair in pairs for example in chat.encode(Dialogue.of(pair), max_length)]
+    "Everything as tokens; what is tokens already stays as it is. Raises `InputError` for tokens that don't fit."
+    if long := [len(pair.ids) for pair in pairs if isinstance(pair, Example) and len(pair.ids) > max_length + 1]:
+        raise InputError(f"an example of {long[0]} tokens does not fit into {max_length}", fix="cut it, or raise max_length")
+    return [example for pair in pairs
+            for example in ([pair] if isinstance(pair, Example) else chat.encode(Dialogue.of(pair), max_length))]
 
 # %% ../../nbs/46_training.finetune.ipynb #65c6e85c
 class ChatBatches(_Dealt[list[list[int]]]):
     "Batches of conversations for the trainer, without end; the loss is on the answers. Raises `InputError` for bad sizes."
     def __init__(
         self,
-        pairs: Sequence[QAPair | Dialogue], # at least one
+        pairs: Sequence[QAPair | Dialogue | Example], # at least one
         tokenizer: "BaseTokenizer | PreTrainedTokenizerBase | ChatFormat", # with the template's marks, or a template of its own
         *,
         template: ChatTemplate | None = None, # who speaks (None: see `chat_format`)
@@ -639,7 +642,7 @@ class ChatBatches(_Dealt[list[list[int]]]):
 @dataclass(frozen=True, slots=True)
 class HeldOutPairs:
     "Conversations to be scored and never learned from, for the trainer's `valid_data`. Raises `InputError` like `ChatBatches`."
-    pairs: Sequence[QAPair | Dialogue] # at least one
+    pairs: Sequence[QAPair | Dialogue | Example] # at least one
     tokenizer: "BaseTokenizer | PreTrainedTokenizerBase | ChatFormat" # with the template's marks, or a template of its own
     template: ChatTemplate | None = None # who speaks (None: see `chat_format`)
     max_length: int = 256 # most tokens of a row
