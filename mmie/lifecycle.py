@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['CORPUS', 'MINIMUM_BYTES', 'TOKENIZER', 'EOS', 'RUN_PRESETS', 'PRETRAIN', 'BASELINES', 'FINETUNE', 'QUANTIZE',
-           'EXPORT', 'EXAM', 'SAMPLING', 'RUN', 'STAGES', 'Mark', 'claim_folder', 'Made', 'Finished', 'Stage',
-           'make_corpus', 'load_corpus', 'make_tokenizer', 'StageConfig', 'RunConfig', 'run_config', 'new_model',
-           'save_pair', 'load_marked', 'load_pair', 'pretrain', 'set_the_bar', 'finetuning_pairs', 'finetune',
-           'quantize_pair', 'export_pair', 'openings', 'continue_text', 'decoding_speed', 'examine', 'run_stages',
-           'assemble', 'write_run_report', 'run_life']
+           'EXPORT', 'EXAM', 'SAMPLING', 'RUN', 'STAGES', 'make_corpus', 'load_corpus', 'make_tokenizer', 'StageConfig',
+           'RunConfig', 'run_config', 'new_model', 'save_pair', 'load_marked', 'load_pair', 'pretrain', 'set_the_bar',
+           'finetuning_pairs', 'finetune', 'quantize_pair', 'export_pair', 'openings', 'continue_text',
+           'decoding_speed', 'examine', 'run_stages', 'assemble', 'write_run_report', 'run_life']
 
 # %% ../nbs/93_lifecycle.ipynb #3eb9056e
 import json
@@ -16,155 +15,32 @@ import math
 import random
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypedDict, cast
 
 from pydantic import Field
 
 # %% ../nbs/93_lifecycle.ipynb #40083674
-from .core import InputError, Settings, atomic_write, did_you_mean, read_mapping, seed_everything
+from .core import InputError, Settings, atomic_write, did_you_mean, seed_everything
 from mmie.insight.report import (
-    Compression, CorpusCard, Curve, Exam, ModelCard, Question, Reproduction, RunReport, Sample, StageRecord, TokenView, Variant,
-    write_report,
+    Compression, CorpusCard, Curve, Exam, ModelCard, Question, RunReport, Sample, TokenView, Variant, write_report,
 )
 from .measure import format_bytes
 from .models.decoder import DecoderLM, ModelConfig
 from .models.generation import generate
 from .models.ngram import compressor_bars
 from .quantization.post_training import load_quantized, quantize, save_quantized, size_report
+from mmie.stages import (
+    STAGE_MARK, STAGE_SETTINGS, Finished, Made, Reproduction, Stage, claim_folder, read_mark, released_on_mistakes, run_in_order,
+)
 from .tokenization.base import BaseTokenizer
 from .tokenization.bpe import BPETokenizer
 from .tokenization.corpora import Document, corpus_bytes, python_docs, read_corpus, split_documents
 from .training.data import BatchSource, EpochWindows, TokenFile, write_tokens
 from .training.finetune import ChatBatches, ChatTemplate, QAPair, answers, jinja_template, python_questions, read_pairs
 from .training.trainer import HeldOut, History, ProgressBar, TrainConfig, Trainer, bits_per_byte
-
-# %% ../nbs/93_lifecycle.ipynb #e3af227e
-_MARK = "stage.json"
-_SETTINGS = "settings.yaml" # of a stage that has more of them than fit on a command line
-
-
-class Mark(TypedDict, total=False):
-    "What a stage writes about itself."
-    kind: str # which stage
-    settings: dict[str, Any] # everything that decides the outcome
-    record: dict[str, Any] # of the finished stage; missing until then
-    facts: dict[str, Any] # its numbers
-
-
-def _read_mark(
-    folder: Path, # of a stage
-) -> Mark: # {} when there is nothing
-    path = folder / _MARK
-    return cast(Mark, read_mapping(path)) if path.exists() else {}
-
-
-def _differences(
-    old: Mapping[str, object], # settings in the folder
-    new: Mapping[str, object], # settings now
-) -> str: # "seed: 0 there, 1 now; …"
-    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-    return "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names)
-
-# %% ../nbs/93_lifecycle.ipynb #f851a93e
-def claim_folder(
-    folder: Path, # where a stage will write
-    kind: str, # which stage, for instance "pretrain"
-    settings: Mapping[str, object], # everything that decides the outcome, JSON-ready
-) -> Mark: # what is known of it: it has a "record" when the stage is finished
-    "Make the folder this stage's own. Raises `InputError` when it holds something else, or the same with other settings."
-    now = json.loads(json.dumps(settings))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        mark = _read_mark(folder)
-        if not mark:
-            if any(folder.iterdir()):
-                raise InputError("the folder holds something else", where=str(folder), fix="choose an empty or a new one")
-            mark = {"kind": kind, "settings": now}
-            atomic_write(folder / _MARK, json.dumps(mark, indent=1) + "\n")
-    except OSError as error:
-        raise InputError(f"cannot write there: {error.strerror}", where=str(folder), fix="choose another --out") from error
-    if mark["kind"] != kind:
-        raise InputError(f"the folder holds the result of `{mark['kind']}`", where=str(folder), fix="choose another --out")
-    if mark["settings"] != now:
-        raise InputError(f"the folder was begun with other settings ({_differences(mark['settings'], now)})", where=str(folder),
-                         fix="choose another --out, or remove the folder to start over")
-    return mark
-
-# %% ../nbs/93_lifecycle.ipynb #51d4e8e1
-@contextmanager
-def _released_on_mistakes(
-    folder: Path, # claimed, perhaps with work in it
-) -> Iterator[None]:
-    "Give up the claim when an `InputError` leaves nothing else in the folder."
-    try:
-        yield
-    except InputError:
-        if {path.name for path in folder.iterdir()} <= {_MARK, _SETTINGS}:
-            for path in folder.iterdir():
-                path.unlink()
-            folder.rmdir()
-        raise
-
-# %% ../nbs/93_lifecycle.ipynb #bd7fae91
-@dataclass(frozen=True, slots=True)
-class Made:
-    "What a stage has to say for itself when it is done."
-    inputs: dict[str, str] # name → value in words
-    outputs: dict[str, str] # the same for what it made
-    facts: dict[str, Any] # numbers for the report, JSON-ready
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    "A finished stage."
-    folder: Path # where its results are
-    record: StageRecord # for the report
-    facts: dict[str, Any] # its numbers
-
-    @classmethod
-    def read(
-        cls,
-        folder: Path, # of a stage
-        reused: bool = True, # whether an earlier start made it
-    ) -> "Finished | None": # None when the stage has not finished
-        "Look up what a stage made."
-        mark = _read_mark(folder)
-        if "record" not in mark:
-            return None
-        record = StageRecord.model_validate(mark["record"]).replace(reused=reused)
-        return cls(folder, record, mark["facts"])
-
-# %% ../nbs/93_lifecycle.ipynb #7a673668
-@dataclass(frozen=True, slots=True)
-class Stage:
-    "The name of a stage and what a reader should know of it."
-    kind: str # key and name of the folder
-    title: str # what it does, as a heading
-    what: str # one sentence on it
-
-    def run(
-        self,
-        folder: Path, # where to put the result
-        settings: Mapping[str, object], # everything that decides the outcome
-        work: Callable[[Path], Made], # does it; may be interrupted and called again
-        command: Sequence[object], # the words of the command that does this alone
-    ) -> Finished:
-        "Do the work, unless it is done. Raises `InputError` when the folder isn't this stage's."
-        if "record" in claim_folder(folder, self.kind, settings) and (done := Finished.read(folder)):
-            return done
-        started = time.perf_counter()
-        with _released_on_mistakes(folder):
-            made = work(folder)
-        record = StageRecord(name=self.kind, title=self.title, what=self.what, seconds=time.perf_counter() - started,
-                             inputs=made.inputs, outputs=made.outputs, command=shlex.join(["mmie", *map(str, command)]))
-        mark = {"kind": self.kind, "settings": settings, "record": record.model_dump(mode="json"), "facts": made.facts}
-        atomic_write(folder / _MARK, json.dumps(mark, indent=1, ensure_ascii=False) + "\n")
-        return Finished(folder, record, made.facts)
 
 # %% ../nbs/93_lifecycle.ipynb #388f1b7e
 CORPUS = Stage("corpus", "Collect the text", "Gather documents and set some aside that the model will never learn from.")
@@ -232,9 +108,9 @@ def load_corpus(
     seed: int = 0, # of that choice
 ) -> tuple[list[Document], list[Document]]: # to learn from, held out
     "The two sides of a corpus. Raises `InputError` as `make_corpus` does."
-    if len(paths) == 1 and (Path(paths[0]) / _MARK).exists():
+    if len(paths) == 1 and (Path(paths[0]) / STAGE_MARK).exists():
         folder = Path(paths[0])
-        if _read_mark(folder).get("kind") != CORPUS.kind or not Finished.read(folder):
+        if read_mark(folder).get("kind") != CORPUS.kind or not Finished.read(folder):
             fix = "name the folder that `mmie corpus` wrote, or text files"
             raise InputError("this folder holds no finished corpus", where=str(folder), fix=fix)
         return _read_documents(folder / "train.jsonl"), _read_documents(folder / "heldout.jsonl")
@@ -409,7 +285,7 @@ def pretrain(
     "Train a decoder from nothing; an interrupted call goes on from its last checkpoint. Raises `InputError`."
     plan = config.pretrain.replace(seed=config.seed)
     def work(folder: Path) -> Made:
-        config.write(folder / _SETTINGS)
+        config.write(folder / STAGE_SETTINGS)
         words = load_marked(tokenizer)
         train, valid = load_corpus(corpus, heldout=config.heldout, seed=config.seed)
         files = _token_file(train, words, folder / "tokens" / "train"), _token_file(valid, words, folder / "tokens" / "heldout")
@@ -428,7 +304,7 @@ def pretrain(
         return Made({"text": f"{files[0].n_tokens:,} tokens"}, told, facts)
     settings = {"corpus": [str(path) for path in corpus], "tokenizer": str(tokenizer), "model": config.model, "shape": config.shape,
                 "heldout": config.heldout, "pretrain": plan.model_dump(mode="json")}
-    command = ["train", *_corpus_options(corpus), "--tokenizer", tokenizer, "--config", out / _SETTINGS, "--out", out]
+    command = ["train", *_corpus_options(corpus), "--tokenizer", tokenizer, "--config", out / STAGE_SETTINGS, "--out", out]
     return PRETRAIN.run(out, settings, work, command)
 
 # %% ../nbs/93_lifecycle.ipynb #32df85b0
@@ -503,7 +379,7 @@ def finetune(
     "Teach a model to answer; an interrupted call goes on from its last checkpoint. Raises `InputError`."
     plan = config.finetune.replace(seed=config.seed)
     def work(folder: Path) -> Made:
-        config.write(folder / _SETTINGS)
+        config.write(folder / STAGE_SETTINGS)
         decoder, words = load_pair(model)
         learn, exam, rejected = finetuning_pairs(config.questions, words, decoder.max_length // 2, config.seed)
         if rejected:
@@ -515,7 +391,7 @@ def finetune(
         return Made(about | ({"put aside": f"{len(rejected):,} rows, see rejected.txt"} if rejected else {}),
                     {"answer tokens learned from": f"{history.tokens[-1]:,}"}, {"rejected": len(rejected)})
     settings = {"model": str(model), "questions": config.questions, "finetune": plan.model_dump(mode="json")}
-    return FINETUNE.run(out, settings, work, ["finetune", "--model", model, "--config", out / _SETTINGS, "--out", out])
+    return FINETUNE.run(out, settings, work, ["finetune", "--model", model, "--config", out / STAGE_SETTINGS, "--out", out])
 
 # %% ../nbs/93_lifecycle.ipynb #aafc75fb
 QUANTIZE = Stage("quantize", "Quantize to int8", "Store every weight in eight bits instead of thirty-two.")
@@ -686,13 +562,7 @@ def run_stages(
         (QUANTIZE, lambda: quantize_pair(at["finetune"], at["quantize"])),
         (EXAM, lambda: examine(corpus[0], ages, at["exam"], questions=config.questions, n_questions=config.n_questions, seed=seed)),
     ]
-    done: dict[str, Finished] = {}
-    for number, (stage, work) in enumerate(steps, 1):
-        announce(f"{number}/{len(steps)}  {stage.title} …")
-        result = done[stage.kind] = work()
-        took = "done before" if result.record.reused else f"{result.record.seconds or 0:.1f} s"
-        announce(f"     {'; '.join(f'{name}: {value}' for name, value in result.record.outputs.items())}  ({took})")
-    return done
+    return run_in_order(steps, announce)
 
 # %% ../nbs/93_lifecycle.ipynb #73bc3330
 def _curve(
@@ -758,7 +628,7 @@ def write_run_report(
 ) -> Path: # report.html, beside report.json
     "Write the report of what a run has done so far. Raises `InputError` when the folder holds no run."
     out = Path(folder)
-    mark = _read_mark(out) if out.is_dir() else {}
+    mark = read_mark(out) if out.is_dir() else {}
     if mark.get("kind") != RUN:
         raise InputError("this folder holds no run", where=str(out), fix="name the folder given to `mmie run --out`")
     config = RunConfig.model_validate(mark["settings"])
@@ -783,6 +653,6 @@ def run_life(
     if config.questions:
         read_pairs(config.questions) # a mistake in there should not come to light after minutes of work
     claim_folder(out, RUN, config.model_dump(mode="json"))
-    with _released_on_mistakes(out):
+    with released_on_mistakes(out):
         done = run_stages(config, out, announce=announce, progress=progress)
     return write_run_report(out, command, done)
