@@ -21,7 +21,7 @@ from .core import InputError, configure_logging
 
 # %% ../nbs/94_cli.ipynb #35104d70
 if TYPE_CHECKING:
-    from mmie.lifecycle import Finished
+    from mmie.stages import Finished
 
 # %% ../nbs/94_cli.ipynb #4661f46b
 def _stop(

@@ -8,11 +8,10 @@ __all__ = ['ModelCard', 'CorpusCard', 'Curve', 'Compression', 'TokenView', 'Samp
            'render_report', 'write_report']
 
 # %% ../../nbs/92_insight.report.ipynb #d9621006
-import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
@@ -24,7 +23,7 @@ from ..core import atomic_write
 from ..measure import format_bytes, format_seconds
 from mmie.pages import (
     DASHED, PAGE_ACCENT, PAGE_WARM, ChartFrame, element, in_two_widths, large_number, page_templates, round_ticks,
-    spread_labels, svg_drawing, svg_line, svg_text, visible,
+    spread_labels, svg_drawing, svg_line, svg_text,
 )
 from ..stages import Part, Reproduction, StageRecord
 from ..training.finetune import Score
@@ -333,7 +332,8 @@ def _axes(
         out.append(svg_text(frame.left - 8, frame.y(v) + 4, f"{v:g}", text_anchor="end", opacity=.7))
     for v in round_ticks(*frame.x_range, 4):
         out.append(svg_text(frame.x(v), frame.bottom + 18, f"{v:,g}", text_anchor="middle", opacity=.7))
-    return [*out, svg_text(0, 12, unit, opacity=.7), svg_text(frame.right, frame.bottom + 34, "optimizer steps", text_anchor="end", opacity=.7)]
+    out.append(svg_text(frame.right, frame.bottom + 34, "optimizer steps", text_anchor="end", opacity=.7))
+    return [*out, svg_text(0, 12, unit, opacity=.7)]
 
 # %% ../../nbs/92_insight.report.ipynb #a3104410
 def _references(
@@ -526,7 +526,7 @@ def render_report(
         r=report, verdict=verdict(report), caveats=caveats(report), lede=_lede(report), backdrop=_backdrop(report.pretraining),
         predictors=_predictors(report.compression) if report.compression else [],
         rival=next(iter(_references(report.compression)[::-1]), None),
-        curve_figure=in_two_widths(curve_figure), compression_figure=in_two_widths(compression_figure), answers_figure=in_two_widths(answers_figure))
+        **{draw.__name__: in_two_widths(draw) for draw in (curve_figure, compression_figure, answers_figure)})
 
 # %% ../../nbs/92_insight.report.ipynb #a319d572
 def write_report(
