@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAGE_ACCENT', 'PAGE_WARM', 'DASHED', 'visible', 'element', 'svg_text', 'svg_line', 'svg_drawing', 'round_ticks',
-           'spread_labels', 'ChartFrame', 'script_hash', 'large_number', 'in_two_widths', 'page_templates']
+           'spread_labels', 'ChartFrame', 'script_hash', 'large_number', 'in_two_widths', 'page_templates',
+           'Conclusion']
 
 # %% ../nbs/05_pages.ipynb #42effe4e
 import base64
@@ -15,11 +16,12 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from markupsafe import Markup, escape
 
 from .measure import format_bytes, format_seconds
+from .stages import Part
 
 # %% ../nbs/05_pages.ipynb #c1a07d75
 if TYPE_CHECKING:
@@ -166,3 +168,10 @@ def page_templates() -> "Environment": # knows every template of the package by 
     env.filters["short"] = lambda n: large_number(n, " M", " B")
     env.globals["css"] = Markup(source("page.css"))
     return env
+
+# %% ../nbs/05_pages.ipynb #fce3597d
+class Conclusion(Part):
+    "A conclusion that the record supports."
+    figure: str # the number in a few words: "7.5% fewer bits"
+    text: str # a sentence that explains it
+    tone: Literal["good", "bad", "plain"] = "plain" # whether the model comes out of it well

@@ -347,7 +347,7 @@ class Documents:
         if what < 0.08:
             polite = POLITE + " " + case.response
             return *first, _user(POLITE_REQUEST), _says("the response is not polite , so it breaks the rule ."), _user(POLITE_REVISION), _says(polite)
-        if what < 0.14 and not drill:
+        if what < 0.11 and not drill:
             return *first, _user(rng.choice(HARM_REVISIONS)), _says(case.revision)
         learned = not drill and rng.random() > self.mixture.masked_chain
         critique = Turn("assistant", ((case.chain, learned), (" " + case.verdict, True)))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ModelCard', 'CorpusCard', 'Curve', 'Compression', 'TokenView', 'Sample', 'Question', 'Exam', 'Variant', 'RunReport',
-           'Conclusion', 'against', 'verdict', 'caveats', 'curve_figure', 'compression_figure', 'answers_figure',
-           'render_report', 'write_report']
+           'against', 'verdict', 'caveats', 'curve_figure', 'compression_figure', 'answers_figure', 'render_report',
+           'write_report']
 
 # %% ../../nbs/92_insight.report.ipynb #d9621006
 import json
@@ -22,7 +22,7 @@ from pydantic import Field, PlainSerializer, model_validator
 from ..core import atomic_write
 from ..measure import format_bytes, format_seconds
 from mmie.pages import (
-    DASHED, PAGE_ACCENT, PAGE_WARM, ChartFrame, element, in_two_widths, large_number, page_templates, round_ticks,
+    DASHED, PAGE_ACCENT, PAGE_WARM, ChartFrame, Conclusion, element, in_two_widths, large_number, page_templates, round_ticks,
     spread_labels, svg_drawing, svg_line, svg_text,
 )
 from ..stages import Part, Reproduction, StageRecord
@@ -210,13 +210,6 @@ class RunReport(Part):
         return sum(timed) if timed else None
 
 # %% ../../nbs/92_insight.report.ipynb #2bbd19af
-class Conclusion(Part):
-    "A conclusion that the record supports."
-    figure: str # the number in a few words: "7.5% fewer bits"
-    text: str # a sentence that explains it
-    tone: Literal["good", "bad", "plain"] = "plain" # whether the model comes out of it well
-
-
 def against(
     ours: float, # the model's bits per byte
     theirs: float, # the rival's, on the same text
