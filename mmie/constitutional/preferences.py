@@ -29,16 +29,13 @@ from .managers import Conversation, _answer_ids
 from ..core import InputError, Settings, atomic_write
 from ..models.constrained import continuation_logprobs
 from ..models.generation import CausalLM
+from ..safety.statistics import Estimate, bootstrap_interval, cohen_kappa
 from ..training.data import _fingerprint
 from ..training.finetune import ChatFormat, Message, RejectedRow, Score, _parsed, _sifted, _text
 
 # %% ../../nbs/74_constitutional.preferences.ipynb #e2b36ed6
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from mmie.safety.statistics import Estimate
-
-    from mmie.safety.statistics import Estimate
 
 # %% ../../nbs/74_constitutional.preferences.ipynb #f23e35d9
 _CERTAIN = 30.0 # log-odds beyond this are cut: e³⁰ to one is certain enough, and infinity makes every sum infinite
@@ -236,7 +233,7 @@ class PairwiseJudge:
 @dataclass(frozen=True, slots=True)
 class PositionBias:
     "How much it matters to a judge who comes first."
-    rate: "Estimate" # how often the one shown first was preferred, 0.5 is unbiased; interval bootstrapped over pairs
+    rate: Estimate # how often the one shown first was preferred, 0.5 is unbiased; interval bootstrapped over pairs
     consistent: int # pairs with the same winner in both orders
     first_twice: int # pairs in which the one shown first won both times
     second_twice: int # pairs in which it lost both times
@@ -251,7 +248,6 @@ def position_bias(
     verdicts: Sequence[PairVerdict], # of a pairwise judge
 ) -> PositionBias:
     "Whether a judge prefers what it's shown first. Raises `InputError` for fewer than two opinions."
-    from mmie.safety.statistics import bootstrap_interval
     judged = [(v.forward, v.backward) for v in verdicts if not v.abstained]
     if len(judged) < 2:
         what = f"{len(judged)} opinions in {len(verdicts)} verdicts"
@@ -446,7 +442,7 @@ class Agreement:
     right: Score # of the answers it had an opinion on
     missed: Score # of the bad ones, those it called good
     false_alarms: Score # of the good ones, those it called bad
-    kappa: "Estimate | None" # agreement beyond chance; None where it's undefined: only one kind of answer, or fewer than two
+    kappa: Estimate | None # agreement beyond chance; None where it's undefined: only one kind of answer, or fewer than two
     abstained: int # answers without an opinion
 
     def __str__(self) -> str:
@@ -459,7 +455,6 @@ def judge_agreement(
     good: Sequence[bool], # the truth
 ) -> Agreement:
     "Compare a judge's verdicts with the truth. Raises `InputError` unless there's one of each."
-    from mmie.safety.statistics import bootstrap_interval, cohen_kappa
     if scores.shape != (len(good),):
         raise InputError(f"scores of shape {tuple(scores.shape)} for {len(good)} answers", where="judge_agreement", fix="give one for each")
     judged = [(score > 0, bool(truth)) for score, truth in zip(scores.tolist(), good, strict=True) if not math.isnan(score)]
