@@ -12,7 +12,7 @@ __all__ = ['Aggregation', 'RewardFunction', 'ppo_loss', 'KLEstimates', 'kl_estim
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, cast, get_args
 
@@ -35,7 +35,6 @@ from ..training.trainer import Callback, Precision, ProgressBar, TrainConfig, Tr
 
 # %% ../../nbs/77_constitutional.reinforcement.ipynb #14ea0b74
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
@@ -102,7 +101,7 @@ def whiten(
 ) -> Tensor: # (rows, tokens), 0 where nothing counts
     "Mean 0 and variance 1 over what counts."
     kept = x[mask]
-    scale = (kept.var(correction=min(1, len(kept) - 1)) + 1e-8).rsqrt()
+    scale = (kept.var(correction=min(1, len(kept) - 1)) + 1e-8).rsqrt() # a single number has no spread
     return ((x - kept.mean()) * scale).where(mask, 0.0)
 
 def value_loss(
@@ -137,10 +136,12 @@ def token_weights(
 ) -> Tensor: # (rows, tokens)
     "What each token's loss is multiplied by. Raises `InputError` for a way that doesn't exist, or constant without a length."
     if how not in get_args(Aggregation) or (how == "constant" and not longest):
-        raise InputError(f"cannot aggregate by {how!r} with longest={longest}", fix=f"use one of {', '.join(get_args(Aggregation))}, constant with a length")
-    counts = mask.sum(1, keepdim=True).clamp(min=1).expand(mask.shape).to(dtype)
-    divisor = {"sequence": len(mask) * counts, "token": counts[:, :1].sum(), "constant": len(mask) * (longest or 1)}[how]
-    return mask.to(dtype) / divisor
+        fix = f"use one of {', '.join(get_args(Aggregation))}, constant with a length"
+        raise InputError(f"cannot aggregate by {how!r} with longest={longest}", fix=fix)
+    counted = mask.to(dtype)
+    if how == "sequence":
+        return counted / (len(mask) * counted.sum(1, keepdim=True).clamp(min=1))
+    return counted / (counted.sum().clamp(min=1) if how == "token" else len(mask) * (longest or 1))
 
 def aggregate(
     losses: Tensor, # (rows, tokens)
@@ -229,7 +230,14 @@ class Rollout:
         change: Callable[[Tensor], Tensor], # for every tensor
     ) -> Self:
         "The same with all tensors changed."
-        return type(self)(**{name: change(x) if isinstance(x, Tensor) else x for name, x in self.parts().items()})
+        return replace(self, **{name: change(x) for name, x in self.parts().items() if isinstance(x, Tensor)}) # type: ignore[arg-type]
+
+    def rows(
+        self,
+        which: Tensor, # indices
+    ) -> Self:
+        "Some of the answers."
+        return self.each(lambda x: x[which])
 
     def parts(self) -> dict[str, Tensor | float]: # by name
         "Everything that's in it."
@@ -241,7 +249,7 @@ class Rollout:
 
     def split(self, parts: int) -> list[Self]: # by rows: contiguous, nearly equal, none empty
         "Cut into groups of rows."
-        return [self.each(lambda x, rows=rows: x[rows]) for rows in torch.arange(len(self)).tensor_split(parts) if len(rows)]
+        return [self.rows(some) for some in torch.arange(len(self), device=self.ids.device).tensor_split(parts) if len(some)]
 
 # %% ../../nbs/77_constitutional.reinforcement.ipynb #d8cbd379
 class RolloutConfig(TrainConfig):
@@ -378,7 +386,8 @@ def _graded(
     except (TypeError, ValueError) as error:
         raise InputError(f"the reward gave no numbers: {error}", where=name, fix="return a tensor with one for each answer") from error
     if grades.shape != (len(answers),):
-        raise InputError(f"the reward has shape {tuple(grades.shape)} for {len(answers)} answers", where=name, fix=f"return ({len(answers)},)")
+        what = f"the reward has shape {tuple(grades.shape)} for {len(answers)} answers"
+        raise InputError(what, where=name, fix=f"return ({len(answers)},)")
     if not bool(grades.isfinite().all()):
         at = int((~grades.isfinite()).nonzero()[0])
         raise InputError(f"the reward of {answers[at]!r:.60} is {float(grades[at])}", where=name, fix="return finite numbers")
@@ -442,7 +451,8 @@ class Rollouts:
         "Go on from there. Raises `InputError` if the prompts or the seed are not the same."
         saved = cast(Mapping[str, State], state)
         if saved["fingerprint"] != _fingerprint(self.ids, self.config.seed):
-            raise InputError("the prompts, the tokenizer or the seed changed since the checkpoint", where="Rollouts", fix="use another folder")
+            what = "the prompts, the tokenizer or the seed changed since the checkpoint"
+            raise InputError(what, where="Rollouts", fix="use another folder")
         self.collected, self.used, self.beta = cast(int, saved["collected"]), cast(int, saved["used"]), cast(float, saved["beta"])
         self.measured = dict(cast(Mapping[str, float], saved["measured"]))
         parts = cast(Mapping[str, Tensor], saved["rollout"])
@@ -470,10 +480,8 @@ def _minibatch(
     epoch, part = divmod(used, config.minibatches)
     rng = np.random.default_rng([config.seed, number, epoch])
     order = torch.from_numpy(rng.permutation(len(rollout))) if config.minibatches > 1 else torch.arange(len(rollout))
-    rows = order.tensor_split(config.minibatches)[part]
-    chosen = rollout.each(lambda x: x[rows])
-    weights = token_weights(chosen.mask, config.aggregate, config.max_new_tokens) * chosen.n_tokens
-    return Rollout(**{**chosen.parts(), "weights": weights}) # type: ignore[arg-type]
+    chosen = rollout.rows(order.tensor_split(config.minibatches)[part])
+    return replace(chosen, weights=token_weights(chosen.mask, config.aggregate, config.max_new_tokens) * chosen.n_tokens)
 
 # %% ../../nbs/77_constitutional.reinforcement.ipynb #c5c18971
 @torch.no_grad()
@@ -515,7 +523,8 @@ def _collect(
     chosen = _chosen(len(source.ids), config, source.collected)
     seed = int(np.random.SeedSequence([config.seed, source.collected]).generate_state(1)[0])
     prompts, asked = [source.ids[i] for i in chosen], [source.prompts[i] for i in chosen]
-    written = write_answers(source.policy, prompts, end_ids, max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=seed)
+    written = write_answers(source.policy, prompts, end_ids, max_new_tokens=config.max_new_tokens,
+                            temperature=config.temperature, seed=seed)
     answers = [source.chat.decode(row[:-1] if row[-1] in end_ids else row).strip() for row in written]
     grades = _graded(source.reward, asked, answers)
     truths = _graded(source.truth, asked, answers) if source.truth else None
@@ -661,7 +670,8 @@ class _Learner(Callback):
         return {"curves": self.history.curves()}
 
     def load_state_dict(self, state: dict[str, State]) -> None: # from `state_dict`
-        self.history = RLHistory(**{name: list(curve) for name, curve in cast(dict[str, list[float]], state["curves"]).items()})
+        for name, curve in cast(Mapping[str, Sequence[float]], state["curves"]).items():
+            setattr(self.history, name, list(curve))
 
 def _clipped_share(
     new: Tensor, # (rows, tokens)
@@ -723,7 +733,7 @@ def _train(
         steps = trainer.fit(resume=where)
     except TrainingError as error:
         if isinstance(error.__cause__, InputError):
-            raise error.__cause__ # the grader's, and it says whose it is
+            raise error.__cause__ from None # the grader's, and it says whose it is
         raise
     learner.history.skipped = steps.skipped
     return learner.history

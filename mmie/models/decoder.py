@@ -6,7 +6,7 @@
 __all__ = ['AttentionKind', 'PRESETS', 'IGNORE', 'AttentionConfig', 'ModelConfig', 'count_parameters', 'DecoderCache',
            'padding_mask', 'document_mask', 'DecoderTrunk', 'RemembersPositions', 'make_cache', 'DecoderLM',
            'init_decoder', 'is_plain', 'OneToken', 'loss_and_slope', 'next_token_loss', 'decoder_tensors',
-           'save_decoder', 'load_decoder']
+           'save_decoder', 'model_folder', 'load_decoder']
 
 # %% ../../nbs/32_models.decoder.ipynb #90a424df
 import importlib
@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, cast
 
@@ -805,12 +806,20 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise InputError(f"the weights are damaged ({error})", where=str(path), fix="copy the folder again") from error
 
+def model_folder(
+    name: str | Path, # a folder, or the name of a model that comes with mmie
+) -> Path: # what exists goes first
+    "Where a model is."
+    shipped = Path(str(resources.files("mmie"))) / "shipped" / name
+    return shipped if len(Path(name).parts) == 1 and shipped.is_dir() and not Path(name).exists() else Path(name)
+
 def load_decoder(
-    folder: str | Path, # written by `save_decoder`
+    folder: str | Path, # written by `save_decoder`, or the name of a model that comes with mmie, such as "mmie-tiny-base"
     device: str | torch.device = "cpu", # where to put it
 ) -> DecoderLM: # in the precision it was saved in
     "Read a decoder. Raises `InputError` if the folder holds something else, or something damaged."
-    config, tensors = _read_config(Path(folder) / "config.json"), _read_tensors(Path(folder) / "model.safetensors")
+    home = model_folder(folder)
+    config, tensors = _read_config(home / "config.json"), _read_tensors(home / "model.safetensors")
     with torch.device("meta"):
         model = DecoderLM(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

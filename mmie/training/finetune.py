@@ -586,7 +586,7 @@ def _epoch_rows(
 
 # %% ../../nbs/46_training.finetune.ipynb #188f7362
 def _check_batches(
-    pairs: Sequence[QAPair | Dialogue], # at least one
+    pairs: Sequence[QAPair | Dialogue | Example], # at least one
     **numbers: int, # sizes from 1, and the seed from 0
 ) -> None:
     "Raise `InputError` for what no batch can be made of."
