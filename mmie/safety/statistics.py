@@ -259,7 +259,8 @@ def _alike(
     if first.shape != second.shape:
         raise InputError(f"shapes {first.shape} and {second.shape} don't match", where=where, fix="give both for the same items")
 
-# %% ../../nbs/60_safety.statistics.ipynb #b067b4f1
+
+
 def mcnemar(
     before: ArrayLike, # (prompts,) yes or no
     after: ArrayLike, # (prompts,) for the same prompts in the same order
@@ -468,7 +469,7 @@ def _cross(
     counts = np.bincount(codes[: len(a)] * len(names) + codes[len(a):], minlength=len(names) ** 2)
     return names, counts.reshape(len(names), -1)
 
-# %% ../../nbs/60_safety.statistics.ipynb #38de7188
+
 def cohen_kappa(
     first: Iterable[object], # one judge's labels: texts, whole numbers or booleans
     second: Iterable[object], # the other's, for the same items
