@@ -10,6 +10,7 @@ __all__ = ['Label', 'Estimate', 'rate_estimate', 'coverage', 'clopper_pearson', 
            'corrected_rate', 'interval_figure']
 
 # %% ../../nbs/60_safety.statistics.ipynb #57041ed8
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -216,12 +217,10 @@ class PairedRates:
         more, equal = self._tails
         return more + equal / 2 if self.lost + self.gained else 1.0
 
-    def _rows(self) -> list[list[str]]:
-        return [["before: yes", str(self.both), str(self.lost), str(self.both + self.lost)],
-                ["before: no", str(self.gained), str(self.neither), str(self.gained + self.neither)]]
-
     def __str__(self) -> str:
-        table = text_table(["", "after: yes", "after: no", "all"], self._rows())
+        rows = [["before: yes", str(self.both), str(self.lost), str(self.both + self.lost)],
+                ["before: no", str(self.gained), str(self.neither), str(self.gained + self.neither)]]
+        table = text_table(["", "after: yes", "after: no", "all"], rows)
         return f"{table}\nmid-p {self.p_value:.2g} on {self.lost + self.gained} discordant prompts"
 
 # %% ../../nbs/60_safety.statistics.ipynb #c44d7f55
@@ -440,18 +439,28 @@ def difference_over_seeds(
     return replace(estimate, n=old.shape[1])
 
 # %% ../../nbs/60_safety.statistics.ipynb #9774882a
+def _plain(
+    values: Iterable[object], # labels, perhaps NumPy's or torch's
+    where: str, # for the message
+    *kinds: type, # what a label may be
+) -> list[Hashable]: # Python's own
+    "Raises `InputError` for a mixture, and for other kinds."
+    items = [value.item() if isinstance(value, np.generic | torch.Tensor) else value for value in values]
+    found = {type(item) for item in items}
+    if len(found) > 1 or not found <= set(kinds):
+        names = ", ".join(sorted(kind.__name__ for kind in found))
+        raise InputError(f"labels of type {names}", where=where, fix="use texts, whole numbers or booleans, one kind only and none missing")
+    return items
+
+
 def _labels(
     values: Iterable[object], # texts, whole numbers or booleans, all of one kind
     where: str, # for the message
 ) -> NDArray[np.generic]: # (items,)
     "Labels as an array. Raises `InputError` for none, missing ones, and mixtures."
-    items = [value.item() if isinstance(value, np.generic | torch.Tensor) else value for value in values]
-    kinds = {type(item) for item in items}
+    items = _plain(values, where, str, int, bool)
     if not items:
         raise InputError("there are no labels", where=where)
-    if len(kinds) > 1 or not kinds <= {str, int, bool}:
-        names = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise InputError(f"labels of type {names}", where=where, fix="use texts, whole numbers or booleans, one kind only and none missing")
     return np.array(items)
 
 
@@ -469,7 +478,7 @@ def _cross(
     counts = np.bincount(codes[: len(a)] * len(names) + codes[len(a):], minlength=len(names) ** 2)
     return names, counts.reshape(len(names), -1)
 
-
+# %% ../../nbs/60_safety.statistics.ipynb #38de7188
 def cohen_kappa(
     first: Iterable[object], # one judge's labels: texts, whole numbers or booleans
     second: Iterable[object], # the other's, for the same items
@@ -487,14 +496,13 @@ def krippendorff_alpha(
     items: Iterable[Iterable[object]], # for each item its labels, one per judge; None or NaN where a judge gave none
 ) -> float: # at most 1; 0 is chance
     "Agreement of any number of judges (Krippendorff 1970), labels without order. Raises `InputError` if nothing can be compared."
-    def missing(label: object) -> bool:
-        return label is None or (isinstance(label, float) and math.isnan(label))
-    counted = [Counter(label for label in item if not missing(label)) for item in items]
-    counted = [item for item in counted if item.total() > 1]
-    pile = sum(counted, Counter[object]())
+    given = [[label for label in item if label is not None and label == label] for item in items] # NaN isn't equal to itself
+    _plain(itertools.chain(*given), "krippendorff_alpha", str, int, bool, float)
+    counted = [Counter(_plain(item, "krippendorff_alpha", str, int, bool, float)) for item in given if len(item) > 1]
+    pile = sum(counted, Counter[Hashable]())
     if len(pile) < 2:
-        raise InputError("fewer than two different labels to compare", where="krippendorff_alpha", fix="let two judges label the same items")
-    def differing(counts: Counter[object]) -> int: # ordered pairs of unlike labels
+        raise InputError("fewer than two different labels to compare", where="krippendorff_alpha", fix="let two judges label each item")
+    def differing(counts: Counter[Hashable]) -> int: # ordered pairs of unlike labels
         return counts.total() ** 2 - sum(n * n for n in counts.values())
     observed = sum(differing(item) / (item.total() - 1) for item in counted)
     return 1 - observed * (pile.total() - 1) / differing(pile)
@@ -509,10 +517,7 @@ class Confusion:
     labels: tuple[Label, ...] # in order
     counts: tuple[tuple[int, ...], ...] # a row for each true label, a column for each verdict
 
-    def _at(
-        self,
-        label: Label, # which
-    ) -> int: # its row and column
+    def _at(self, label: Label) -> int:
         if label not in self.labels:
             raise InputError(f"no label {label!r}", where="Confusion", fix=f"choose from {', '.join(map(repr, self.labels))}")
         return self.labels.index(label)
