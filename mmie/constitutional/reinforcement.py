@@ -344,17 +344,6 @@ class PolicyAndValue(nn.Module):
         return self.policy(ids), self.value(ids)
 
 # %% ../../nbs/77_constitutional.reinforcement.ipynb #088bf992
-@dataclass(frozen=True, slots=True)
-class _Written:
-    "A rollout before anybody knows what was good about it."
-    ids: Tensor # (rows, length) long
-    starts: Tensor # (rows,) long
-    mask: Tensor # (rows, tokens) bool
-    old: Tensor # (rows, tokens) log-probabilities by the policy
-    reference: Tensor # (rows, tokens) by the reference
-    values: Tensor # (rows, tokens) by the critic; 0 without one
-    entropy: Tensor # (rows, tokens) nats
-
 def ppo_advantages(
     grades: Tensor, # (rows,) of the answers
     old: Tensor, # (rows, tokens) log-probabilities by the policy
@@ -366,8 +355,7 @@ def ppo_advantages(
 ) -> tuple[Tensor, Tensor]: # advantages (rows, tokens), whitened; returns (rows, tokens)
     "A penalty at each token, the grade at the last. Ouyang et al. 2022."
     rewards = (-beta * kl_estimates(old, reference).k1).where(mask, 0.0)
-    last = mask.sum(1) - 1
-    rewards[torch.arange(len(rewards)), last] += grades.to(rewards.dtype)
+    rewards[torch.arange(len(rewards)), mask.sum(1) - 1] += grades.to(rewards.dtype)
     advantages = gae(rewards, values, mask, gamma=config.gamma, lam=config.lam)
     return whiten(advantages, mask), (advantages + values).where(mask, 0.0)
 
@@ -485,26 +473,28 @@ def _minibatch(
 
 # %% ../../nbs/77_constitutional.reinforcement.ipynb #c5c18971
 @torch.no_grad()
-def _judged_tokens(
+def _judged(
     source: Rollouts, # its models
     ids: Tensor, # (rows, length)
     starts: Tensor, # (rows,)
     mask: Tensor, # (rows, tokens)
-) -> _Written:
+) -> tuple[Rollout, Tensor, Tensor]: # without advantages as yet; divergence and entropy at each token (rows, tokens)
     "One pass of policy, reference and critic over what was written, as many rows at a time as a step has."
-    config, device = source.config, next(source.network.parameters()).device
+    config, device, tokens = source.config, next(source.network.parameters()).device, mask.shape[1]
     source.reference.to(device)
     found: list[tuple[Tensor, ...]] = []
     with _autocast(device, config.precision)():
         for rows in torch.arange(len(ids)).tensor_split(config.minibatches):
             some, begin = ids[rows].to(device), starts[rows].to(device)
             logits, values = _outputs(source.network, some)
-            old, every = answer_logprobs(logits, some, begin, mask.shape[1], config.temperature)
-            before, _ = answer_logprobs(source.reference(some), some, begin, mask.shape[1], config.temperature)
-            expected = torch.zeros_like(old) if values is None else _at_answers(values, begin, mask.shape[1], before=1).to(old.dtype)
-            found.append((old.cpu(), before.cpu(), expected.cpu(), -(every.exp() * every).sum(-1).cpu()))
-    old, before, expected, entropy = (torch.cat(parts).where(mask, 0.0) for parts in zip(*found, strict=True))
-    return _Written(ids, starts, mask, old, before, expected, entropy)
+            old, every = answer_logprobs(logits, some, begin, tokens, config.temperature)
+            before, theirs = answer_logprobs(source.reference(some), some, begin, tokens, config.temperature)
+            expected = torch.zeros_like(old) if values is None else _at_answers(values, begin, tokens, before=1).to(old.dtype)
+            sums = [torch.linalg.vecdot(every.exp(), x) for x in (every - theirs, -every)]
+            found.append(tuple(x.cpu() for x in (old, before, expected, *sums)))
+    old, before, expected, divergence, entropy = (torch.cat(parts).where(mask, 0.0) for parts in zip(*found, strict=True))
+    zeros = torch.zeros_like(old)
+    return Rollout(ids, starts, mask, old, before, zeros, expected, zeros, zeros), divergence, entropy
 
 def _outputs(
     network: nn.Module, # a policy, or a `PolicyAndValue`
@@ -528,39 +518,28 @@ def _collect(
     answers = [source.chat.decode(row[:-1] if row[-1] in end_ids else row).strip() for row in written]
     grades = _graded(source.reward, asked, answers)
     truths = _graded(source.truth, asked, answers) if source.truth else None
-    judged = _judged_tokens(source, *laid_out(prompts, written, end_ids[0]))
-    rollout = _with_credit(judged, grades, config, source.beta)
-    measured = _measured(judged, grades, truths) | {"beta": source.beta}
+    judged, divergence, entropy = _judged(source, *laid_out(prompts, written, end_ids[0]))
+    counts = judged.mask.sum(1)
+    measured = {"reward": grades.mean(), "accuracy": math.nan if truths is None else truths.mean(), "kl": divergence.sum(1).mean(),
+                "length": counts.float().mean(), "entropy": entropy.sum() / counts.sum(), "beta": source.beta}
+    source.rollout = _with_credit(judged, grades, config, source.beta)
+    source.measured, source.texts = {name: float(x) for name, x in measured.items()}, (asked, answers)
     if config.target_kl is not None:
-        source.beta = adapted_beta(source.beta, measured["kl"], config.target_kl)
-    source.rollout, source.measured, source.texts = rollout, measured, (asked, answers)
+        source.beta = adapted_beta(source.beta, source.measured["kl"], config.target_kl)
     source.collected, source.used = source.collected + 1, 0
 
 def _with_credit(
-    judged: _Written, # answers and what the models say about their tokens
+    judged: Rollout, # without advantages
     grades: Tensor, # (rows,)
     config: PPOConfig | GRPOConfig, # which of the two
     beta: float, # price of a nat
-) -> Rollout: # without weights as yet
+) -> Rollout: # with them
     "Who deserves what."
-    mask, zeros = judged.mask, torch.zeros_like(judged.old)
     if isinstance(config, PPOConfig):
-        advantages, returns = ppo_advantages(grades, judged.old, judged.reference, judged.values, mask, config, beta)
-    else:
-        each = grpo_advantages(grades.view(-1, config.group), config.scale).flatten()
-        advantages, returns = each.to(zeros.dtype)[:, None].where(mask, 0.0), zeros
-    price = 0.0 if isinstance(config, PPOConfig) else beta
-    return Rollout(judged.ids, judged.starts, mask, judged.old, judged.reference, advantages, judged.values, returns, zeros, price)
-
-def _measured(
-    judged: _Written, # a rollout
-    grades: Tensor, # (rows,) learned from
-    truths: Tensor | None, # (rows,) not learned from
-) -> dict[str, float]:
-    "What a rollout says about the policy."
-    distance = kl_estimates(judged.old, judged.reference).k3.sum(1).mean()
-    return {"reward": float(grades.mean()), "accuracy": math.nan if truths is None else float(truths.mean()), "kl": float(distance),
-            "length": float(judged.mask.sum(1).float().mean()), "entropy": float(judged.entropy.sum() / judged.mask.sum())}
+        advantages, returns = ppo_advantages(grades, judged.old, judged.reference, judged.values, judged.mask, config, beta)
+        return replace(judged, advantages=advantages, returns=returns)
+    each = grpo_advantages(grades.view(-1, config.group), config.scale).flatten().to(judged.old.dtype)
+    return replace(judged, advantages=each[:, None].where(judged.mask, 0.0), beta=beta)
 
 # %% ../../nbs/77_constitutional.reinforcement.ipynb #f497f6e9
 @dataclass(slots=True)
@@ -568,7 +547,7 @@ class RLHistory:
     "One entry for each rollout in every list."
     reward: list[float] = field(default_factory=list) # mean grade learned from
     accuracy: list[float] = field(default_factory=list) # mean of the truth, NaN without one
-    kl: list[float] = field(default_factory=list) # nats per answer from the reference (k3)
+    kl: list[float] = field(default_factory=list) # nats per answer from the reference, summed over the vocabulary
     length: list[float] = field(default_factory=list) # tokens per answer, end mark included
     entropy: list[float] = field(default_factory=list) # nats per token
     clipped: list[float] = field(default_factory=list) # share of tokens with nothing more to gain, at the rollout's worst step
@@ -602,34 +581,40 @@ _PANELS = {"reward": "mean grade", "accuracy": "share that is right", "kl": "nat
 
 def rl_figure(
     histories: Mapping[str, RLHistory], # name → run
-) -> "Figure": # six panels
+    show: Sequence[str] = tuple(_PANELS), # which curves, three in a row
+) -> "Figure": # a panel for each
     "Runs side by side, rollout by rollout."
     from mmie.figures import PALETTE, figure
-    fig, axes = figure(ncols=3, nrows=2, width=9, height=4.6, sharex=True)
-    for ax, (name, unit) in zip(np.asarray(axes).ravel(), _PANELS.items(), strict=True):
+    rows = -(-len(show) // 3)
+    fig, axes = figure(ncols=3, nrows=rows, width=8.5, height=2.1 * rows, squeeze=False, sharex=True)
+    for ax, name in zip(axes.ravel(), show, strict=False):
         for n, (label, history) in enumerate(histories.items()):
             ax.plot(history.curves()[name], color=PALETTE[n % len(PALETTE)], ls=("-", "--", ":", "-.")[n % 4], label=label)
-        ax.set(ylabel=unit, title={"accuracy": "truth", "kl": "distance"}.get(name, name))
-    for ax in np.asarray(axes)[1]:
+        ax.set(ylabel=_PANELS[name], title={"accuracy": "truth", "kl": "distance"}.get(name, name))
+        if name == "clipped":
+            ax.set_ylim(0, max(0.05, ax.get_ylim()[1]))
+    for ax in axes[-1]:
         ax.set_xlabel("rollouts")
     if len(histories) > 1:
-        np.asarray(axes)[0, 0].legend()
+        axes[0, 0].legend()
     return fig
 
 def frontier_figure(
     histories: Mapping[str, RLHistory], # name → run, usually one for each β
+    width: int = 5, # rollouts to average over
 ) -> "Figure": # reward, and truth where there is one, against the distance
-    "What was bought with each nat. Gao et al. 2022."
+    "What was bought with each nat, over the root of the nats. Gao et al. 2022."
     from mmie.figures import PALETTE, figure
     names = [name for name in ("reward", "accuracy") if any(np.isfinite(h.curves()[name]).any() for h in histories.values())]
-    fig, axes = figure(ncols=len(names), width=4.2 * len(names), height=3, squeeze=False)
+    fig, axes = figure(ncols=len(names), width=4.2 * len(names), height=2.6, squeeze=False)
     for ax, name in zip(axes[0], names, strict=True):
         for n, (label, history) in enumerate(histories.items()):
-            kl, height = history.kl, history.curves()[name]
-            ax.plot(kl, height, color=PALETTE[n % len(PALETTE)], ls=("-", "--", ":", "-.")[n % 4], lw=1, label=label)
+            kl, height = (np.convolve(curve, np.ones(width) / width, "valid") for curve in (history.kl, history.curves()[name]))
+            ax.plot(kl, height, color=PALETTE[n % len(PALETTE)], ls=("-", "--", ":", "-.")[n % 4], lw=1.2, label=label)
             ax.plot(kl[-1:], height[-1:], "o", color=PALETTE[n % len(PALETTE)], ms=6)
+        ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
         ax.set(xlabel="nats per answer from the reference", ylabel=_PANELS[name], title={"accuracy": "truth"}.get(name, name))
-    axes[0][0].legend()
+    axes[0][-1].legend()
     return fig
 
 # %% ../../nbs/77_constitutional.reinforcement.ipynb #e677192b
