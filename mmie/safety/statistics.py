@@ -79,7 +79,8 @@ def rate_estimate(
     "A rate on independent prompts. Raises `InputError` if there were none."
     if not score.total:
         raise InputError("a rate of no prompts", where="rate_estimate")
-    return Estimate(score.rate, *wilson_interval(score.correct, score.total, _z(level)), n=score.total, level=level)
+    low, high = wilson_interval(score.correct, score.total, _z(level))
+    return Estimate(score.rate, min(low, score.rate), max(high, score.rate), n=score.total, level=level) # at 0 and 1 rounding can part them
 
 # %% ../../nbs/60_safety.statistics.ipynb #fb59504b
 def _binomial(
