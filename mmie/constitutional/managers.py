@@ -77,6 +77,7 @@ def fit_conversations(
     chat: ChatFormat, # template and tokenizer
     conversations: Sequence[Conversation], # texts, or messages with the user's turn last
     room: int | None, # most tokens, None if there's no limit
+    openings: Sequence[Sequence[int]] = (), # tokens behind each, which need room too
 ) -> list[Fitted]: # one for each
     "Conversations as tokens, without their oldest part where they're too long. Raises `InputError` for what can't be answered."
     if isinstance(conversations, str) or not isinstance(conversations, Sequence):
@@ -84,10 +85,11 @@ def fit_conversations(
     several, fitted = [_turns(one, number) for number, one in enumerate(conversations)], []
     for number, messages in enumerate(several):
         ids = whole = chat.prompt(messages)
-        if room is not None and len(whole) > room:
-            ids = chat.prompt(messages, max(room, 1))
-            if len(ids) > room:
-                raise InputError(f"an answer that long leaves room for {max(room, 0)} tokens, and an empty prompt has {len(ids)}",
+        spare = len(whole) if room is None else room - (len(openings[number]) if openings else 0)
+        if len(whole) > spare:
+            ids = chat.prompt(messages, max(spare, 1))
+            if len(ids) > spare:
+                raise InputError(f"an answer that long leaves room for {max(spare, 0)} tokens, and an empty prompt has {len(ids)}",
                                  where=f"conversations[{number}]", fix="use a smaller max_new_tokens")
         fitted.append(Fitted(tuple(ids), len(whole) - len(ids)))
     if cut := [one.cut for one in fitted if one.cut]:
@@ -218,8 +220,9 @@ def batch_replies(
 ) -> list[Reply]: # one for each, in their order
     "Answer many conversations, each as it would be answered alone. Raises `InputError` for what can't be answered."
     begun = [_answer_ids(chat, text) for text in _each(openings, len(conversations))]
-    room = None if model.max_length is None else model.max_length - max_new_tokens - max(map(len, begun), default=0)
-    fitted, seeds, stops = fit_conversations(chat, conversations, room), row_seeds(seed, len(conversations)), stop_ids(model, chat)
+    room = None if model.max_length is None else model.max_length - max_new_tokens
+    fitted = fit_conversations(chat, conversations, room, begun)
+    seeds, stops = row_seeds(seed, len(conversations)), stop_ids(model, chat)
     prompts = [[*one.ids, *words] for one, words in zip(fitted, begun, strict=True)]
 
     def work(rows: list[int]) -> list[list[int]]:
