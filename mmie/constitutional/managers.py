@@ -65,6 +65,14 @@ def _turns(
         raise InputError("there is nothing to answer", where=where, fix="let the user say something last")
     return tuple(messages)
 
+def _checked(
+    conversations: Sequence[Conversation], # what the caller gave
+) -> list[tuple[Message, ...]]: # each as messages
+    "All of them. Raises `InputError` for what isn't a list, and by number for what can't be answered."
+    if isinstance(conversations, str) or not isinstance(conversations, Sequence):
+        raise InputError("conversations must be a list", where="conversations", fix="for a single one give [conversation]")
+    return [_turns(one, number) for number, one in enumerate(conversations)]
+
 # %% ../../nbs/72_constitutional.managers.ipynb #2b16df72
 @dataclass(frozen=True, slots=True)
 class Fitted:
@@ -80,9 +88,7 @@ def fit_conversations(
     openings: Sequence[Sequence[int]] = (), # tokens behind each, which need room too
 ) -> list[Fitted]: # one for each
     "Conversations as tokens, without their oldest part where they're too long. Raises `InputError` for what can't be answered."
-    if isinstance(conversations, str) or not isinstance(conversations, Sequence):
-        raise InputError("conversations must be a list", where="conversations", fix="for a single one give [conversation]")
-    several, fitted = [_turns(one, number) for number, one in enumerate(conversations)], []
+    several, fitted = _checked(conversations), []
     for number, messages in enumerate(several):
         ids = whole = chat.prompt(messages)
         spare = len(whole) if room is None else room - (len(openings[number]) if openings else 0)
@@ -219,7 +225,7 @@ def batch_replies(
     progress: bool = False, # show a bar
 ) -> list[Reply]: # one for each, in their order
     "Answer many conversations, each as it would be answered alone. Raises `InputError` for what can't be answered."
-    begun = [_answer_ids(chat, text) for text in _each(openings, len(conversations))]
+    begun = [_answer_ids(chat, text) for text in _each(openings, len(_checked(conversations)))]
     room = None if model.max_length is None else model.max_length - max_new_tokens
     fitted = fit_conversations(chat, conversations, room, begun)
     seeds, stops = row_seeds(seed, len(conversations)), stop_ids(model, chat)
@@ -709,10 +715,10 @@ class SideBySide:
         return f"{sum(not row.same for row in self.rows)} of {len(self.rows)} answers differ"
 
     def __repr__(self) -> str:
-        lines, width = [self.summary], max(map(len, self.names))
+        names, lines = [_seen(name) for name in self.names], [self.summary]
         for row in self.rows:
-            lines += ["", _seen(row.prompt)]
-            lines += [f"  {name:{width}}  {_text_pieces(pieces)}" for name, pieces in zip(self.names, _diff(row.first, row.second), strict=True)]
+            said = zip(names, _diff(row.first, row.second), strict=True)
+            lines += ["", _seen(row.prompt), *(f"  {name:{max(map(len, names))}}  {_text_pieces(pieces)}" for name, pieces in said)]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -735,7 +741,7 @@ def compare_models(
     "Ask two models the same, one after the other. Raises `InputError` for what can't be answered."
     said = [manager.batch_generate(conversations, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
             for manager in (first, second)]
-    prompts = [_turns(one, number)[-1].content for number, one in enumerate(conversations)]
+    prompts = [messages[-1].content for messages in _checked(conversations)]
     return SideBySide((first.name, second.name), tuple(map(SideRow, prompts, *said)))
 
 # %% ../../nbs/72_constitutional.managers.ipynb #ac70426d

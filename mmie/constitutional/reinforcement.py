@@ -369,9 +369,10 @@ def _graded(
 ) -> Tensor: # (n,) float32 on the CPU
     "Ask for grades. Raises `InputError` for anything but one finite number an answer."
     name = getattr(reward, "__name__", type(reward).__name__)
+    given = reward(prompts, answers)
     try:
-        grades = torch.as_tensor(reward(prompts, answers)).detach().float().cpu()
-    except (TypeError, ValueError) as error:
+        grades = torch.as_tensor(given).detach().float().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"the reward gave no numbers: {error}", where=name, fix="return a tensor with one for each answer") from error
     if grades.shape != (len(answers),):
         what = f"the reward has shape {tuple(grades.shape)} for {len(answers)} answers"

@@ -500,10 +500,10 @@ class AssistantConfig(Settings):
     d_model: int = Field(96, ge=8) # width
     n_layers: int = Field(3, ge=1) # blocks
     n_heads: int = Field(4, ge=1) # of attention
-    steps: int = Field(700, ge=1) # optimizer steps
+    steps: int = Field(1000, ge=1) # optimizer steps
     rows: int = Field(48, ge=1) # of 128 tokens, in each step
     lr: float = Field(3e-3, gt=0) # peak learning rate
-    lessons: int = Field(60_000, ge=100) # different ones
+    lessons: int = Field(64_000, ge=100) # different ones
     mix: LessonMix = LessonMix() # what they are made of
     checkpoint_every: int = Field(250, ge=0) # steps
 

@@ -88,10 +88,11 @@ def _binomial(
     rates: ArrayLike, # (rates,) true rates
 ) -> NDArray[np.float64]: # (rates, n + 1), the probability of each count
     "The binomial distribution, in logarithms so that nothing overflows."
-    p = torch.as_tensor(np.atleast_1d(np.asarray(rates, dtype=np.float64)))[:, None]
-    k = torch.arange(total + 1, dtype=torch.float64)
-    ways = math.lgamma(total + 1) - torch.lgamma(k + 1) - torch.lgamma(total - k + 1)
-    return np.asarray((ways + torch.xlogy(k, p) + torch.special.xlog1py(total - k, -p)).exp())
+    p, k = np.atleast_1d(np.asarray(rates, dtype=np.float64))[:, None], np.arange(total + 1)
+    factorials = np.concatenate(([0.0], np.cumsum(np.log(k[1:]))))
+    ways = factorials[-1] - factorials - factorials[::-1]
+    yes, no = (np.log(np.maximum(share, 1e-300)) for share in (p, 1 - p)) # 0 × log 0 is 0, never NaN
+    return np.asarray(np.exp(ways + k * yes + (total - k) * no))
 
 
 def coverage(
@@ -474,7 +475,7 @@ def _cross(
     a, b = _labels(first, where), _labels(second, where)
     _alike(a, b, where)
     if a.dtype.kind != b.dtype.kind:
-        raise InputError(f"labels of two kinds, {a[0]!r} and {b[0]!r}", where=where)
+        raise InputError(f"labels of two kinds, {a[0].item()!r} and {b[0].item()!r}", where=where)
     names, codes = np.unique(np.concatenate((a, b)), return_inverse=True)
     counts = np.bincount(codes[: len(a)] * len(names) + codes[len(a):], minlength=len(names) ** 2)
     return names, counts.reshape(len(names), -1)
