@@ -100,7 +100,7 @@ def coverage(
     total: int, # trials, n
     rates: ArrayLike, # (rates,) true rates
 ) -> NDArray[np.float64]: # (rates,), how often the interval contains the truth
-    "Exact coverage of an interval for a rate: all n + 1 outcomes, weighted."
+    "Exact coverage of an interval for a rate: all n + 1 outcomes, weighted. Raises `InputError` for no trials or impossible rates."
     p = np.atleast_1d(np.asarray(rates, dtype=np.float64))
     if total < 1 or not ((p >= 0) & (p <= 1)).all():
         raise InputError("coverage needs at least one trial and rates from 0 to 1", where="coverage")
@@ -132,13 +132,14 @@ def clopper_pearson(
 # %% ../../nbs/60_safety.statistics.ipynb #58c3a650
 def _members(
     rows: int, # in all
-    groups: Sequence[Hashable] | None, # the group of each row; None: each row is its own
+    groups: Sequence[Hashable] | NDArray[np.generic] | None, # the group of each row; None: each row is its own
 ) -> list[NDArray[np.int64]]: # the rows of each group
     "Rows by group. Raises `InputError` for fewer than two groups."
     if groups is not None and len(groups) != rows:
         raise InputError(f"{len(groups)} groups for {rows} rows", where="bootstrap_interval", fix="give the group of each row")
     found: dict[Hashable, list[int]] = {}
-    for row, name in enumerate(range(rows) if groups is None else groups):
+    names = range(rows) if groups is None else groups.tolist() if isinstance(groups, np.ndarray | torch.Tensor) else groups
+    for row, name in enumerate(names):
         found.setdefault(name, []).append(row)
     if len(found) < 2:
         raise InputError(f"{len(found)} independent rows say nothing about others", where="bootstrap_interval", fix="two at the very least")
@@ -148,13 +149,13 @@ def _members(
 def bootstrap_interval(
     statistic: Callable[..., float], # takes the columns, as arrays, and gives a number
     *columns: ArrayLike, # each with one entry per row; drawn together
-    groups: Sequence[Hashable] | None = None, # rows of one group are drawn together too
+    groups: Sequence[Hashable] | NDArray[np.generic] | None = None, # rows of one group are drawn together too
     level: float = 0.95, # share of the draws inside
     draws: int = 2000, # how often to draw anew
     seed: int = 0, # the same seed gives the same interval
 ) -> Estimate: # n is the number of groups
     "Percentile bootstrap (Efron 1979). Raises `InputError` if the statistic is undefined on the data or on one draw in twenty."
-    arrays = [np.asarray(column) for column in columns]
+    arrays = [np.atleast_1d(np.asarray(column)) for column in columns]
     if draws < 1 or not arrays or len({len(array) for array in arrays}) != 1:
         lengths = [len(array) for array in arrays]
         raise InputError(f"{draws} draws from columns of {lengths} rows", where="bootstrap_interval", fix="make them equally long")
@@ -368,10 +369,8 @@ def _student(
     level: float, # such as 0.95
     freedom: int, # degrees of freedom
 ) -> float: # standard errors to each side
-    "What 1.96 becomes when the spread is estimated too; beyond 1,000 degrees nothing changes."
+    "What 1.96 becomes when the spread is estimated too."
     low, high = _z(level), 1.0
-    if freedom > 1000:
-        return low
     while _student_inside(high, freedom) < level:
         high *= 2
     for _ in range(60):
