@@ -587,15 +587,17 @@ def rl_figure(
     "Runs side by side, rollout by rollout."
     from mmie.figures import PALETTE, figure
     rows = -(-len(show) // 3)
-    fig, axes = figure(ncols=3, nrows=rows, width=8.5, height=2.1 * rows, squeeze=False, sharex=True)
+    fig, axes = figure(ncols=3, nrows=rows, width=8.5, height=2.1 * rows, squeeze=False)
     for ax, name in zip(axes.ravel(), show, strict=False):
         for n, (label, history) in enumerate(histories.items()):
             ax.plot(history.curves()[name], color=PALETTE[n % len(PALETTE)], ls=("-", "--", ":", "-.")[n % 4], label=label)
         ax.set(ylabel=_PANELS[name], title={"accuracy": "truth", "kl": "distance"}.get(name, name))
         if name == "clipped":
             ax.set_ylim(0, max(0.05, ax.get_ylim()[1]))
-    for ax in axes[-1]:
+    for ax in axes.ravel()[: len(show)]:
         ax.set_xlabel("rollouts")
+    for ax in axes.ravel()[len(show) :]:
+        ax.remove()
     if len(histories) > 1:
         axes[0, 0].legend()
     return fig
@@ -614,6 +616,7 @@ def frontier_figure(
             ax.plot(kl, height, color=PALETTE[n % len(PALETTE)], ls=("-", "--", ":", "-.")[n % 4], lw=1.2, label=label)
             ax.plot(kl[-1:], height[-1:], "o", color=PALETTE[n % len(PALETTE)], ms=6)
         ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+        ax.set_xlim(left=0)
         ax.set(xlabel="nats per answer from the reference", ylabel=_PANELS[name], title={"accuracy": "truth"}.get(name, name))
     axes[0][-1].legend()
     return fig

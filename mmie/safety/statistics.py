@@ -145,7 +145,7 @@ def _members(
         raise InputError(f"{len(found)} independent rows say nothing about others", where="bootstrap_interval", fix="two at the very least")
     return [np.array(items) for items in found.values()]
 
-
+# %% ../../nbs/60_safety.statistics.ipynb #c1fbbea1
 def bootstrap_interval(
     statistic: Callable[..., float], # takes the columns, as arrays, and gives a number
     *columns: ArrayLike, # each with one entry per row; drawn together
@@ -206,8 +206,8 @@ class PairedRates:
     @property
     def _tails(self) -> tuple[float, float]: # coins more uneven than the discordant prompts, and exactly as uneven
         few, flips = min(self.lost, self.gained), self.lost + self.gained
-        more, equal = 2 * sum(math.comb(flips, k) for k in range(few)), (1 + (2 * few < flips)) * math.comb(flips, few)
-        return more / 2**flips, equal / 2**flips
+        ways = list(itertools.accumulate(range(few), lambda c, k: c * (flips - k) // (k + 1), initial=1)) # of 0, 1, … few heads
+        return 2 * sum(ways[:-1]) / 2**flips, (1 + (2 * few < flips)) * ways[-1] / 2**flips
 
     @property
     def p_exact(self) -> float:
