@@ -176,6 +176,7 @@ def test_bootstrap_draws_rows_together_and_groups_whole():
     assert (halves.low, halves.high, halves.n) == (20, 60, 2)
     renamed = bootstrap_interval(np.mean, x, groups=[i // 4 for i in range(40)], draws=100)
     assert renamed == bootstrap_interval(np.mean, x, groups=[f"prompt {i // 4}" for i in range(40)], draws=100)
+    assert renamed == bootstrap_interval(np.mean, x, groups=torch.arange(40) // 4, draws=100)
 
 
 def test_bootstrap_leaves_rare_undefined_draws_out_and_refuses_frequent_ones():

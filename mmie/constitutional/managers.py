@@ -80,7 +80,6 @@ class Fitted:
     ids: tuple[int, ...] # up to where the assistant begins to speak
     cut: int = 0 # tokens left out: the oldest exchanges first, then the beginning of the question
 
-# %% ../../nbs/72_constitutional.managers.ipynb #8b13c84c
 def fit_conversations(
     chat: ChatFormat, # template and tokenizer
     conversations: Sequence[Conversation], # texts, or messages with the user's turn last
@@ -456,7 +455,6 @@ def _load(self: "ModelManager") -> "ModelManager": # itself, loaded
     if self._kept is None:
         for rival in self._rivals:
             rival.unload()
-        release_memory(self.device)
         before = memory_in_use(self.device)
         self._kept = _fetch(self)
         release_memory(self.device)
@@ -769,15 +767,17 @@ def batch_speeds(
 def speed_figure(
     speeds: Mapping[str, Mapping[int, float]], # name → batch size → tokens per second, at most six
 ) -> "Figure":
-    "New tokens per second by batch size, both axes doubling; dotted: what no sharing at all would give."
+    "New tokens per second by batch size, both axes doubling; dotted: what it would be if a further row cost nothing."
     from mmie.figures import PALETTE, figure
     fig, ax = figure(height=3.2)
     for number, (name, line) in enumerate(speeds.items()):
         sizes = sorted(line)
-        ax.plot(sizes, [line[size] for size in sizes], marker="os^DvP"[number], color=PALETTE[number], label=name)
+        ax.plot(sizes, [line[sizes[0]] * size / sizes[0] for size in sizes], ":", color=PALETTE[number], lw=1)
+        ax.plot(sizes, [line[size] for size in sizes], ls="-", marker="os^DvP"[number], color=PALETTE[number], label=name)
     ticks = sorted({size for line in speeds.values() for size in line})
     ax.set_xscale("log", base=2)
     ax.set_yscale("log", base=2)
+    ax.set_ylim(top=1.4 * max(max(line.values()) for line in speeds.values()))
     ax.set_xticks(ticks, [str(size) for size in ticks])
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     ax.set(xlabel="batch size, conversations", ylabel="new tokens per second", title="What a batch is worth")

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 import numpy as np
 import torch
@@ -428,24 +428,23 @@ class Rollouts:
 
     def state_dict(self) -> SourceState: # with the newest rollout: the weights that wrote it are gone
         "Where we are."
-        rollout = self.rollout.parts() if self.rollout else {}
-        state: dict[str, State] = {"collected": self.collected, "used": self.used, "beta": self.beta, "measured": self.measured,
-                                   "rollout": rollout, "fingerprint": _fingerprint(self.ids, self.config.seed)}
-        return cast(SourceState, state) # tensors among them: a checkpoint holds those, too
+        standing = {name: getattr(self, name) for name in ("collected", "used", "beta", "measured")}
+        rollout = self.rollout.parts() if self.rollout else {} # tensors: a checkpoint holds those, too
+        return standing | {"rollout": rollout, "fingerprint": _fingerprint(self.ids, self.config.seed)}
 
     def load_state_dict(
         self,
         state: SourceState, # from `state_dict`
     ) -> None:
         "Go on from there. Raises `InputError` if the prompts or the seed are not the same."
-        saved = cast(Mapping[str, State], state)
-        if saved["fingerprint"] != _fingerprint(self.ids, self.config.seed):
+        saved: dict[str, Any] = dict(state)
+        if saved.pop("fingerprint") != _fingerprint(self.ids, self.config.seed):
             what = "the prompts, the tokenizer or the seed changed since the checkpoint"
             raise InputError(what, where="Rollouts", fix="use another folder")
-        self.collected, self.used, self.beta = cast(int, saved["collected"]), cast(int, saved["used"]), cast(float, saved["beta"])
-        self.measured = dict(cast(Mapping[str, float], saved["measured"]))
-        parts = cast(Mapping[str, Tensor], saved["rollout"])
-        self.rollout = Rollout(**parts) if parts else None # type: ignore[arg-type]
+        parts = saved.pop("rollout")
+        self.rollout = Rollout(**parts) if parts else None
+        for name, value in saved.items():
+            setattr(self, name, value)
 
 # %% ../../nbs/77_constitutional.reinforcement.ipynb #ad6a2101
 def _chosen(
@@ -602,6 +601,7 @@ def rl_figure(
         axes[0, 0].legend()
     return fig
 
+# %% ../../nbs/77_constitutional.reinforcement.ipynb #c1147b5d
 def frontier_figure(
     histories: Mapping[str, RLHistory], # name → run, usually one for each β
     width: int = 5, # rollouts to average over
@@ -662,6 +662,7 @@ class _Learner(Callback):
         for name, curve in cast(Mapping[str, Sequence[float]], state["curves"]).items():
             setattr(self.history, name, list(curve))
 
+# %% ../../nbs/77_constitutional.reinforcement.ipynb #24546c05
 def _clipped_share(
     new: Tensor, # (rows, tokens)
     batch: Rollout, # old ones and advantages
@@ -700,26 +701,18 @@ class _Bar(ProgressBar):
             self._bar.update()
 
 # %% ../../nbs/77_constitutional.reinforcement.ipynb #6a0d5a27
-def _train(
-    network: nn.Module, # a policy, or a `PolicyAndValue`
-    policy: nn.Module, # the policy in it
-    chat: "BaseTokenizer | PreTrainedTokenizerBase | ChatFormat", # as for `train_grpo`
-    prompts: Sequence[str], # to be answered
-    reward: RewardFunction, # to learn from
-    config: PPOConfig | GRPOConfig, # how
-    folder: str | Path | None, # for checkpoints and the reference
-    truth: RewardFunction | None, # to write down
+def _fit(
+    source: Rollouts, # with the network to train
+    folder: Path | None, # for checkpoints
     callbacks: Sequence[Callback], # for the trainer
     progress: bool, # whether to draw a bar
 ) -> RLHistory:
     "A source, a learner, a trainer. Raises `InputError` for grades that are none."
-    where = Path(folder) if folder else None
-    source = Rollouts(network, _reference(policy, where), chat_format(chat), prompts, reward, config, truth)
-    learner = _Learner(source)
+    learner, config = _Learner(source), source.config
     bar = [_Bar(learner, "PPO" if isinstance(config, PPOConfig) else "GRPO")] if progress else []
-    trainer = Trainer(network, source, config=config, callbacks=[learner, *bar, *callbacks], folder=where, loss=learner.loss)
+    trainer = Trainer(source.network, source, config=config, callbacks=[learner, *bar, *callbacks], folder=folder, loss=learner.loss)
     try:
-        steps = trainer.fit(resume=where)
+        steps = trainer.fit(resume=folder)
     except TrainingError as error:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None # the grader's, and it says whose it is
@@ -741,19 +734,21 @@ def train_grpo(
     progress: bool = False, # draw a bar on stderr
 ) -> RLHistory:
     "Ask in groups, push up what's better than its siblings. Raises `InputError` for bad prompts or grades. Shao et al. 2024."
-    return _train(model, model, chat, prompts, reward, config, folder, truth, callbacks, progress)
+    where = Path(folder) if folder else None
+    return _fit(Rollouts(model, _reference(model, where), chat_format(chat), prompts, reward, config, truth), where, callbacks, progress)
 
 def train_ppo(
-    model: nn.Module, # a `DecoderLM` or `HFCausalLM`; trained in place
-    chat: "BaseTokenizer | PreTrainedTokenizerBase | ChatFormat", # template and tokenizer
-    prompts: Sequence[str], # questions; each comes once an epoch
-    reward: RewardFunction, # prompts, answers → grades to learn from
+    model: nn.Module, # as for `train_grpo`
+    chat: "BaseTokenizer | PreTrainedTokenizerBase | ChatFormat", # likewise
+    prompts: Sequence[str], # likewise
+    reward: RewardFunction, # likewise
     config: PPOConfig, # how
-    folder: str | Path | None = None, # for checkpoints; a run found there goes on where it was
+    folder: str | Path | None = None, # as for `train_grpo`; the critic is saved with the policy
     *,
-    truth: RewardFunction | None = None, # grades that are written down and not learned from
-    callbacks: Sequence[Callback] = (), # for the trainer
-    progress: bool = False, # draw a bar on stderr
+    truth: RewardFunction | None = None, # as for `train_grpo`
+    callbacks: Sequence[Callback] = (), # likewise
+    progress: bool = False, # likewise
 ) -> RLHistory:
     "Push up what a critic didn't expect. Raises `InputError` for bad prompts or grades. Schulman et al. 2017, Ouyang et al. 2022."
-    return _train(PolicyAndValue(model), model, chat, prompts, reward, config, folder, truth, callbacks, progress)
+    where, both = Path(folder) if folder else None, PolicyAndValue(model)
+    return _fit(Rollouts(both, _reference(model, where), chat_format(chat), prompts, reward, config, truth), where, callbacks, progress)

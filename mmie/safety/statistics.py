@@ -440,6 +440,9 @@ def difference_over_seeds(
     return replace(estimate, n=old.shape[1])
 
 # %% ../../nbs/60_safety.statistics.ipynb #9774882a
+Label: TypeAlias = str | int | bool
+
+
 def _plain(
     values: Iterable[object], # labels, perhaps NumPy's or torch's
     where: str, # for the message
@@ -464,7 +467,7 @@ def _labels(
         raise InputError("there are no labels", where=where)
     return np.array(items)
 
-
+# %% ../../nbs/60_safety.statistics.ipynb #38de7188
 def _cross(
     first: Iterable[object], # labels
     second: Iterable[object], # labels of the same items
@@ -479,7 +482,7 @@ def _cross(
     counts = np.bincount(codes[: len(a)] * len(names) + codes[len(a):], minlength=len(names) ** 2)
     return names, counts.reshape(len(names), -1)
 
-# %% ../../nbs/60_safety.statistics.ipynb #38de7188
+
 def cohen_kappa(
     first: Iterable[object], # one judge's labels: texts, whole numbers or booleans
     second: Iterable[object], # the other's, for the same items
@@ -509,9 +512,6 @@ def krippendorff_alpha(
     return 1 - observed * (pile.total() - 1) / differing(pile)
 
 # %% ../../nbs/60_safety.statistics.ipynb #a37246aa
-Label: TypeAlias = str | int | bool
-
-
 @dataclass(frozen=True, slots=True)
 class Confusion:
     "How often each true label got each verdict."
