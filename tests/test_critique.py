@@ -66,7 +66,7 @@ FIELDS = st.fixed_dictionaries({}, optional={
     "revision_request": st.just("do it .") | ANYTHING, "weight": st.just(2) | ANYTHING, "examples": ANYTHING, "extra": ANYTHING})
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.fixed_dictionaries({}, optional={"name": st.just("x") | ANYTHING, "principles": st.lists(FIELDS, max_size=3) | ANYTHING, "more": ANYTHING}) | ANYTHING)
 def test_a_page_loads_or_is_refused_in_one_sentence(data, tmp_path_factory) -> None:
     path = tmp_path_factory.mktemp("page") / "page.yaml"
@@ -103,7 +103,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x85"), min_size
 EXAMPLE = st.builds(WorkedExample, prompt=TEXT, response=TEXT, critique=TEXT, revision=TEXT)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(rows=st.lists(st.tuples(TEXT, TEXT, st.floats(1e-300, 1e300), st.lists(EXAMPLE, max_size=2)), min_size=1, max_size=4), suffix=st.sampled_from(["yaml", "json"]))
 def test_what_is_written_can_be_read(rows, suffix, tmp_path_factory) -> None:
     page = Constitution(name="x", principles=[Principle(id=f"p{n}", critique_request=a, revision_request=b, weight=w, examples=e)
@@ -124,7 +124,7 @@ def test_what_comes_along(name: str) -> None:
 
 # What a model may say
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(lines=st.lists(st.text(st.characters(codec="utf-8"), max_size=20) | st.sampled_from(["", " .", "no .", "a a a a", "b\u2028c\x85\rd", "</div>"]), min_size=1, max_size=9),
        variant=st.sampled_from(["critique", "direct", "shuffled", "unrevised"]), rounds=st.integers(1, 3), limit=st.sampled_from([8, 1000]))
 def test_no_failure_becomes_a_text(lines, variant, rounds, limit, tmp_path_factory) -> None:
@@ -203,7 +203,7 @@ def test_no_prompts_make_no_records(tmp_path: Path) -> None:
 
 # Prompts that are too long
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(prompt=TEXT.map(lambda t: t * 9), response=TEXT.map(lambda t: t * 5), critique=TEXT.map(lambda t: t * 5), room=st.integers(120, 400),
        task=st.sampled_from(["critique", "revision", "direct"]), examples=st.lists(EXAMPLE, max_size=2))
 def test_requests_survive_and_everything_fits(prompt, response, critique, room, task, examples) -> None:
@@ -312,7 +312,7 @@ def test_fingerprints_see_training_and_nothing_else() -> None:
 WORDS = st.text(st.characters(codec="utf-8"), max_size=40) | st.lists(st.sampled_from(["a", "b", " ", "\n", "<b>", "&"]), max_size=20).map("".join)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(old=WORDS, new=WORDS)
 def test_a_difference_keeps_both_texts(old: str, new: str) -> None:
     changes = word_changes(old, new)

@@ -571,7 +571,7 @@ def critique_revise(
     top_p: float | None = None, # draw among the fewest tokens that hold this share
     chunk: int = 256, # prompts that go through their rounds together, and are written together
 ) -> list[Revision]: # one for each prompt, in their order
-    "Let a model criticize and revise its own answers. Bai et al. 2022. Raises `InputError` for bad settings or prompts, or another run's file."
+    "Let a model criticize and revise its own answers. Bai et al. 2022. Raises `InputError` for bad settings, bad prompts, another's file."
     run = RevisionRun(rounds=rounds, seed=seed, variant=variant, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
                       chunk=chunk)
     asked, ends = _checked_prompts(prompts, run), _ends(len(prompts), chunk)

@@ -184,9 +184,8 @@ class PairedRates:
     neither: int # not at all
 
     def __post_init__(self) -> None:
-        counts = (self.both, self.lost, self.gained, self.neither)
-        if min(counts) < 0 or not sum(counts):
-            raise InputError(f"{counts} aren't counts of prompts", where="PairedRates")
+        if min(self.both, self.lost, self.gained, self.neither) < 0 or not self.n:
+            raise InputError("counts of prompts can't be negative, nor all be zero", where="PairedRates")
 
     @property
     def n(self) -> int:
@@ -221,10 +220,9 @@ class PairedRates:
         return more + equal / 2 if self.lost + self.gained else 1.0
 
     def __str__(self) -> str:
-        rows = [["before: yes", str(self.both), str(self.lost), str(self.both + self.lost)],
-                ["before: no", str(self.gained), str(self.neither), str(self.gained + self.neither)]]
-        table = text_table(["", "after: yes", "after: no", "all"], rows)
-        return f"{table}\nmid-p {self.p_value:.2g} on {self.lost + self.gained} discordant prompts"
+        counts = {"before: yes": (self.both, self.lost), "before: no": (self.gained, self.neither)}
+        rows = [[name, str(yes), str(no), str(yes + no)] for name, (yes, no) in counts.items()]
+        return text_table(["", "after: yes", "after: no", "all"], rows) + f"\nmid-p {self.p_value:.2g}, {self.lost + self.gained} discordant"
 
 # %% ../../nbs/60_safety.statistics.ipynb #c44d7f55
 def _column(
