@@ -278,7 +278,7 @@ def _strangers(
         found.append(other.rejected if i % 2 else other.chosen)
     return found
 
-
+# %% ../../nbs/76_constitutional.policy.ipynb #7a8492d3
 def _encoded_sides(
     preferences: Sequence[Preference], # at least one
     chat: ChatFormat, # template and tokenizer
@@ -292,7 +292,7 @@ def _encoded_sides(
     third = [chat.encode(Dialogue.of(pair), max_length)[-1] for pair in asked]
     return [(pair.chosen, pair.rejected, *third[i:i + 1]) for i, pair in enumerate(pairs)], [pair.probability for pair in pairs]
 
-# %% ../../nbs/76_constitutional.policy.ipynb #7a8492d3
+# %% ../../nbs/76_constitutional.policy.ipynb #949363ee
 class PreferencePairs:
     "Comparisons as tokens, and what the reference thinks of them; also held-out data for the trainer. Raises `InputError` without any."
     n_bytes: int | None = None # bits per byte mean nothing for comparisons
@@ -341,7 +341,7 @@ class PreferencePairs:
         self.reference = _scored(model, self, precision)
         return self
 
-
+# %% ../../nbs/76_constitutional.policy.ipynb #b8389392
 def _policy_logprobs(
     model: nn.Module, # ours, or an `HFCausalLM`
     batch: PairBatch, # on its device

@@ -341,6 +341,8 @@ class RewardReport:
 def evaluate_rewards(
     model: RewardModel, # trained
     preferences: Sequence[Preference], # held out
+    *,
+    bins: int = 5, # of the calibration
     seed: int = 0, # of the lot
 ) -> RewardReport:
     "Order, loss and calibration on held-out pairs. Raises `InputError` if no pair has a better side."
@@ -355,7 +357,7 @@ def evaluate_rewards(
     stated, came_true = torch.where(side, gap, -gap).sigmoid(), better == side
     right = torch.where(better, gap > 0, gap < 0).tolist()
     loss = float(bradley_terry_loss(gap, zero, probability=labels).mean())
-    return RewardReport(Score.of(right), loss, calibration(came_true.numpy(), stated.numpy()))
+    return RewardReport(Score.of(right), loss, calibration(came_true.numpy(), stated.numpy(), bins=bins))
 
 # %% ../../nbs/75_constitutional.rewards.ipynb #eeb82c9d
 def save_reward_model(

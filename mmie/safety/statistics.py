@@ -222,7 +222,7 @@ class PairedRates:
     def __str__(self) -> str:
         counts = {"before: yes": (self.both, self.lost), "before: no": (self.gained, self.neither)}
         rows = [[name, str(yes), str(no), str(yes + no)] for name, (yes, no) in counts.items()]
-        return text_table(["", "after: yes", "after: no", "all"], rows) + f"\nmid-p {self.p_value:.2g}, {self.lost + self.gained} discordant"
+        return text_table(["", "after: yes", "after: no", "all"], rows) + f"\nmid-p {self.p_value:.2g}, {self.lost + self.gained} differ"
 
 # %% ../../nbs/60_safety.statistics.ipynb #c44d7f55
 def _column(
