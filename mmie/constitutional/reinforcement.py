@@ -232,10 +232,7 @@ class Rollout:
         "The same with all tensors changed."
         return replace(self, **{name: change(x) for name, x in self.parts().items() if isinstance(x, Tensor)}) # type: ignore[arg-type]
 
-    def rows(
-        self,
-        which: Tensor, # indices
-    ) -> Self:
+    def rows(self, which: Tensor) -> Self: # by their indices
         "Some of the answers."
         return self.each(lambda x: x[which])
 
@@ -432,19 +429,23 @@ class Rollouts:
         rollout = self.rollout.parts() if self.rollout else {} # tensors: a checkpoint holds those, too
         return standing | {"rollout": rollout, "fingerprint": _fingerprint(self.ids, self.config.seed)}
 
-    def load_state_dict(
-        self,
-        state: SourceState, # from `state_dict`
-    ) -> None:
+    def load_state_dict(self, state: SourceState) -> None: # from `state_dict`
         "Go on from there. Raises `InputError` if the prompts or the seed are not the same."
-        saved: dict[str, Any] = dict(state)
-        if saved.pop("fingerprint") != _fingerprint(self.ids, self.config.seed):
-            what = "the prompts, the tokenizer or the seed changed since the checkpoint"
-            raise InputError(what, where="Rollouts", fix="use another folder")
-        parts = saved.pop("rollout")
-        self.rollout = Rollout(**parts) if parts else None
-        for name, value in saved.items():
-            setattr(self, name, value)
+        _go_back(self, dict(state))
+
+# %% ../../nbs/77_constitutional.reinforcement.ipynb #5d9908da
+def _go_back(
+    source: Rollouts, # to be put where another one was
+    saved: dict[str, Any], # its state
+) -> None:
+    "Take a state over. Raises `InputError` if the prompts or the seed are not the same."
+    if saved.pop("fingerprint") != _fingerprint(source.ids, source.config.seed):
+        what = "the prompts, the tokenizer or the seed changed since the checkpoint"
+        raise InputError(what, where="Rollouts", fix="use another folder")
+    parts = saved.pop("rollout")
+    source.rollout = Rollout(**parts) if parts else None
+    for name, value in saved.items():
+        setattr(source, name, value)
 
 # %% ../../nbs/77_constitutional.reinforcement.ipynb #ad6a2101
 def _chosen(
@@ -586,7 +587,7 @@ def rl_figure(
     "Runs side by side, rollout by rollout."
     from mmie.figures import PALETTE, figure
     rows = -(-len(show) // 3)
-    fig, axes = figure(ncols=3, nrows=rows, width=8.5, height=2.1 * rows, squeeze=False)
+    fig, axes = figure(ncols=3, nrows=rows, width=8, height=1.9 * rows, squeeze=False)
     for ax, name in zip(axes.ravel(), show, strict=False):
         for n, (label, history) in enumerate(histories.items()):
             ax.plot(history.curves()[name], color=PALETTE[n % len(PALETTE)], ls=("-", "--", ":", "-.")[n % 4], label=label)
