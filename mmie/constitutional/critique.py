@@ -838,22 +838,6 @@ def revision_data(
     return RevisionData(tuple(pairs), dict(left_out))
 
 # %% ../../nbs/73_constitutional.critique.ipynb #feaa7051
-def kinds_figure(
-    panels: Mapping[str, Mapping[str, RevisionSummary]], # title → name → summary of the same prompts, at most five
-) -> "Figure":
-    "What final answers do, in percent with Wilson's intervals. Raises `InputError` for none, or more than five to compare."
-    from mmie.figures import figure
-    if not panels or not all(1 <= len(summaries) <= 5 for summaries in panels.values()):
-        raise InputError("there is nothing to compare, or too much", where="kinds_figure", fix="give one to five summaries for each panel")
-    kinds = list(dict.fromkeys(kind for summaries in panels.values() for s in summaries.values() for kind in s.after))
-    fig, axes = figure(len(panels), sharey=True, height=3.0)
-    for ax, (title, summaries) in zip(np.atleast_1d(axes), panels.items(), strict=True):
-        _bars(ax, {name: summary.after for name, summary in summaries.items()}, kinds)
-        ax.set(title=title, ylim=(0, 105))
-    np.atleast_1d(axes)[0].set_ylabel("answers, %, with 95 % intervals")
-    np.atleast_1d(axes)[-1].legend(loc="upper right")
-    return fig
-
 def _bars(
     ax: "Axes", # where to draw
     bars: Mapping[str, Mapping[str, Score]], # name → kind → score
@@ -869,3 +853,19 @@ def _bars(
         for at, score in zip(x, found, strict=True):
             ax.plot([at, at], [100 * end for end in score.interval], "-", color=INK, lw=1)
     ax.set_xticks(range(len(kinds)), kinds)
+
+def kinds_figure(
+    panels: Mapping[str, Mapping[str, RevisionSummary]], # title → name → summary of the same prompts, at most five
+) -> "Figure":
+    "What final answers do, in percent with Wilson's intervals. Raises `InputError` for none, or more than five to compare."
+    from mmie.figures import figure
+    if not panels or not all(1 <= len(summaries) <= 5 for summaries in panels.values()):
+        raise InputError("there is nothing to compare, or too much", where="kinds_figure", fix="give one to five summaries for each panel")
+    kinds = list(dict.fromkeys(kind for summaries in panels.values() for s in summaries.values() for kind in s.after))
+    fig, axes = figure(len(panels), sharey=True, height=3.0)
+    for ax, (title, summaries) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+        _bars(ax, {name: summary.after for name, summary in summaries.items()}, kinds)
+        ax.set(title=title, ylim=(0, 105))
+    np.atleast_1d(axes)[0].set_ylabel("answers, %, with 95 % intervals")
+    np.atleast_1d(axes)[-1].legend(loc="upper right")
+    return fig
