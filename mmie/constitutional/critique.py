@@ -867,5 +867,5 @@ def kinds_figure(
         _bars(ax, {name: summary.after for name, summary in summaries.items()}, kinds)
         ax.set(title=title, ylim=(0, 105))
     np.atleast_1d(axes)[0].set_ylabel("answers, %, with 95 % intervals")
-    np.atleast_1d(axes)[-1].legend(loc="upper right")
+    np.atleast_1d(axes)[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return fig

@@ -374,6 +374,8 @@ def study_arms(
         "reward one-sided": lambda lab, folder: train_reward(lab, folder, _one_sided),
         "GRPO few": lambda lab, folder: align_by_reward(lab, folder, config.grpo, "reward few"),
         "GRPO one-sided": lambda lab, folder: align_by_reward(lab, folder, config.grpo, "reward one-sided"),
+        "GRPO loose": lambda lab, folder: align_by_reward(lab, folder, config.grpo.replace(beta=config.grpo.beta / 5), "reward"),
+        "GRPO tight": lambda lab, folder: align_by_reward(lab, folder, config.grpo.replace(beta=config.grpo.beta * 5), "reward"),
         "GRPO greedy": lambda lab, folder: align_by_reward(lab, folder, greedy, "reward"),
         "DPO garbled": lambda lab, folder: align_by_preference(lab, folder, garbled),
     }

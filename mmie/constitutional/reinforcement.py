@@ -596,10 +596,11 @@ def rl_figure(
             ax.set_ylim(0, max(0.05, ax.get_ylim()[1]))
     for ax in axes.ravel()[: len(show)]:
         ax.set_xlabel("rollouts")
-    for ax in axes.ravel()[len(show) :]:
-        ax.remove()
+    spare = axes.ravel()[len(show) :]
+    for ax in spare:
+        ax.set_axis_off()
     if len(histories) > 1:
-        axes[0, 0].legend()
+        (spare[0] if len(spare) else axes[0, 0]).legend(*axes[0, 0].get_legend_handles_labels())
     return fig
 
 # %% ../../nbs/77_constitutional.reinforcement.ipynb #c1147b5d
