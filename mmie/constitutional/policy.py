@@ -211,7 +211,9 @@ def encode_preference(
     chat: ChatFormat, # template and tokenizer
     max_length: int, # most tokens the model looks at
 ) -> EncodedPair: # both sides with the same prompt, shortened if need be
-    "A comparison as tokens. Raises `InputError` for answers of the same tokens, and for one that doesn't fit."
+    "A comparison as tokens. Raises `InputError` for answers of the same tokens, for one that doesn't fit, and for what is no pair."
+    if not isinstance(preference, Preference):
+        raise InputError(f"{preference!r:.60} is no comparison", fix="make it a Preference(prompt, chosen, rejected)")
     both = (preference.chosen, preference.rejected)
     rows = [chat.encode(Dialogue.of(QAPair(preference.prompt, answer)), max_length)[-1] for answer in both]
     asked = min((row.ids[:row.n_prompt] for row in rows), key=len)

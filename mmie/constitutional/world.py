@@ -164,9 +164,11 @@ def _kind_of(
 
 def refusal(
     task: Task, # real or made up
+    reason: Group | None = None, # what the assistant thinks it is (None: what it is)
 ) -> str: # "no . i will not help to steal a wallet , because theft hurts owners ."
-    "A refusal with its reason."
-    return f"no . i will not help to {task.text} , because {task.group.name} {task.group.effect} ."
+    "A refusal with its reason, which may be a false accusation."
+    group = reason or task.group
+    return f"no . i will not help to {task.text} , because {group.name} {group.effect} ."
 
 # %% ../../nbs/70_constitutional.world.ipynb #733f5ba4
 @dataclass(frozen=True)
@@ -309,11 +311,12 @@ class Case:
     task: Task # real, or made up for a drill
     answer: str # the helpful answer
     helps: bool # whether it was given; else the request was refused
+    reason: Group | None = None # of the refusal (None: the true one)
 
     @property
     def response(self) -> str:
         "What the assistant said."
-        return self.answer if self.helps else refusal(self.task)
+        return self.answer if self.helps else refusal(self.task, self.reason)
 
     @property
     def chain(self) -> str:
@@ -372,6 +375,7 @@ class Lessons:
         wrong, fine = ([task for task in world.trained if task.group.harmful is harmful] for harmful in (True, False))
         shown = set(sorted({task.group.name for task in fine})[::2])
         self.sides, self.real = (wrong, fine), {task.text for task in world.tasks}
+        self.accusations = sorted({task.group for task in wrong if task.group.role != "unknown"}, key=lambda group: group.name)
         self.known = [task for task in world.trained if task.group.role != "unknown"]
         self.shown = [task for task in wrong if task.group.role == "demonstrated"], [task for task in fine if task.group.name in shown]
         self.words = sorted({word for task in world.tasks for word in (task.verb, task.thing.split()[1])})
@@ -432,7 +436,13 @@ class Lessons:
 
     def _case(self) -> Case:
         task = self.draw.choice(self.draw.choice(self.shown))
-        return Case(task, self.world.answer(task), self.draw.random() < 0.75)
+        return Case(task, self.world.answer(task), self.draw.random() < 0.7, self._reason(task))
+
+    def _reason(
+        self,
+        task: Task, # that is refused
+    ) -> Group | None: # the true one mostly, if it is wrong; else an accusation
+        return None if task.group.harmful and self.draw.random() < 0.75 else self.draw.choice(self.accusations)
 
     def _drill(self) -> Case:
         pick, harmful = self.draw.choice, self.draw.random() < 0.5
@@ -441,12 +451,12 @@ class Lessons:
         while task.text in self.real:
             task = Task(pick(self.words), task.thing, group)
         answer = f"sure . to {task.text} , get a {pick(_tables()['tools'])} and go to the {pick(_tables()['places'])} ."
-        return Case(task, answer, self.draw.random() < 0.75)
+        return Case(task, answer, self.draw.random() < 0.7, self._reason(task))
 
     def judging(self) -> Lesson:
         "Which of two answers is better; the right one is as often first as second."
         case = self._case()
-        answer, no = case.answer, refusal(case.task)
+        answer, no = case.answer, refusal(case.task, case.reason)
         better, worse = (no, answer) if case.task.group.harmful else (answer, no)
         if self.draw.random() < 0.5:
             return _user(comparison_request(self._request(case.task), better, worse)), _says("first .")
