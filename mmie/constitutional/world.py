@@ -456,7 +456,7 @@ class Lessons:
     def judging(self) -> Lesson:
         "Which of two answers is better; the right one is as often first as second."
         case = self._case()
-        answer, no = case.answer, refusal(case.task, case.reason)
+        answer, no = case.answer, refusal(case.task)
         better, worse = (no, answer) if case.task.group.harmful else (answer, no)
         if self.draw.random() < 0.5:
             return _user(comparison_request(self._request(case.task), better, worse)), _says("first .")
