@@ -60,11 +60,20 @@ class JudgeModel(Protocol):
     def model(self) -> CausalLM: ... # to score with
     @property
     def chat(self) -> ChatFormat: ... # template and tokenizer
-    def logprobs(self, conversations: Sequence[Conversation], choices: Sequence[str]) -> Tensor: ... # (n, choices): how the answer begins
+    def logprobs(
+        self,
+        conversations: Sequence[Conversation], # the user's turn last
+        choices: Sequence[str], # how the answer might begin
+    ) -> Tensor: ... # (n, choices)
     def batch_generate(
-        self, conversations: Sequence[Conversation], *, max_new_tokens: int = 64, temperature: float = 0.0,
-        seed: int | Sequence[int] | None = None, openings: str | Sequence[str] = "",
-    ) -> list[str]: ... # greedily at temperature 0; the openings are put into its mouth
+        self,
+        conversations: Sequence[Conversation], # the user's turn last
+        *,
+        max_new_tokens: int = 64, # longest answer
+        temperature: float = 0.0, # 0 is greedy
+        seed: int | Sequence[int] | None = None, # one for all, or one for each
+        openings: str | Sequence[str] = "", # words put into its mouth, for all or for each
+    ) -> list[str]: ... # one for each
 
 # %% ../../nbs/74_constitutional.preferences.ipynb #93303e33
 def _check_labels(
@@ -373,7 +382,28 @@ def _read_verdicts(
             why[i] = reason
     return _two_labels(result, len(wording.good))
 
-# %% ../../nbs/74_constitutional.preferences.ipynb #908de1d4
+# %% ../../nbs/74_constitutional.preferences.ipynb #cae43ba0
+def _opinions(
+    judge: JudgeModel, # who writes
+    wording: PointwiseWording, # how it's asked
+    request: str, # one of the wording's
+    prompts: Sequence[str], # what was asked
+    responses: Sequence[str], # one answer to each
+    min_coverage: float, # see `weigh_labels`
+) -> list[Verdict]:
+    "Critique and verdict for each answer."
+    talks = [(Message("user", p), Message("assistant", r), Message("user", request)) for p, r in zip(prompts, responses, strict=True)]
+    why = ["the answer is empty" if not r.strip() else "" if _room(judge, talk) >= wording.max_new_tokens else _TOO_LONG
+           for r, talk in zip(responses, talks, strict=True)]
+    rows, critiques = [i for i, reason in enumerate(why) if not reason], [""] * len(why)
+    written = _critiques(judge, [talks[i] for i in rows], wording.max_new_tokens) if rows else []
+    for i, text in zip(rows, written, strict=True):
+        critiques[i], why[i] = text or "", "" if text else _BROKEN if text is None else "the critique is empty"
+    odds, coverage = weigh_labels(_read_verdicts(judge, wording, talks, critiques, why), min_coverage)
+    rows_of = zip(odds.tolist(), coverage.tolist(), critiques, why, strict=True)
+    return [Verdict(score, share, text, _reason(reason, score, share)) for score, share, text, reason in rows_of]
+
+# %% ../../nbs/74_constitutional.preferences.ipynb #f33b196f
 @dataclass(frozen=True, slots=True)
 class PointwiseJudge:
     "A model that writes a critique of an answer and gives its verdict. Bai et al. 2022."
@@ -392,7 +422,7 @@ class PointwiseJudge:
     ) -> list[Verdict]:
         "An opinion on each answer, or the reason why there is none. Raises `InputError` for lists that don't match."
         _check_texts(prompts=prompts, responses=responses)
-        asked = [self._ask(request, prompts, responses) for request in self.wording.requests]
+        asked = [_opinions(self.model, self.wording, request, prompts, responses, self.min_coverage) for request in self.wording.requests]
         return [_joined(verdicts) for verdicts in zip(*asked, strict=True)]
 
     def score(
@@ -412,18 +442,6 @@ class PointwiseJudge:
         "Which of two answers is better, by their scores."
         difference = self.score(prompts, first) - self.score(prompts, second)
         return difference.sigmoid().clamp(1 - self.most_sure, self.most_sure)
-
-    def _ask(self, request: str, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
-        talks = [(Message("user", p), Message("assistant", r), Message("user", request)) for p, r in zip(prompts, responses, strict=True)]
-        why = ["the answer is empty" if not r.strip() else "" if _room(self.model, talk) >= self.wording.max_new_tokens else _TOO_LONG
-               for r, talk in zip(responses, talks, strict=True)]
-        rows, critiques = [i for i, reason in enumerate(why) if not reason], [""] * len(why)
-        written = _critiques(self.model, [talks[i] for i in rows], self.wording.max_new_tokens) if rows else []
-        for i, text in zip(rows, written, strict=True):
-            critiques[i], why[i] = text or "", "" if text else _BROKEN if text is None else "the critique is empty"
-        odds, coverage = weigh_labels(_read_verdicts(self.model, self.wording, talks, critiques, why), self.min_coverage)
-        rows_of = zip(odds.tolist(), coverage.tolist(), critiques, why, strict=True)
-        return [Verdict(score, share, text, _reason(reason, score, share)) for score, share, text, reason in rows_of]
 
 # %% ../../nbs/74_constitutional.preferences.ipynb #7e1847b7
 def strengths(
@@ -551,7 +569,7 @@ class PreferenceRecord:
 
     def to_json(
         self,
-        run: int, # fingerprint of the settings
+        run: int = 0, # fingerprint of the settings
     ) -> str: # one line; also a row for `read_preferences`
         "As text."
         result = {"prompt": self.prompt, "skipped": self.skipped} if self.preference is None else asdict(self.preference)
