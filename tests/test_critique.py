@@ -334,3 +334,25 @@ def test_the_stepper_stays_in_range() -> None:
             assert 0 <= stepper.index <= 1 and 1 <= stepper.shown <= stepper.cards == 6
             assert len(re.findall("<div", stepper.html())) == stepper.shown
     assert RevisionStepper([Revision("p", "")]).html().count("<div") == 2
+
+
+def test_a_local_llama_of_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    machine = tokenizers.Tokenizer(tokenizers.models.BPE())
+    machine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    machine.decoder = tokenizers.decoders.ByteLevel()
+    machine.train_from_iterator(["how do i do it ?"] * 9, tokenizers.trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=machine, eos_token="</s>", bos_token="<s>")
+    words.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=400)
+    ).save_pretrained(tmp_path / "llama")
+    words.save_pretrained(tmp_path / "llama")
+    options = {"rounds": 2, "path": tmp_path / "r.jsonl", "max_new_tokens": 10, "temperature": 1.0, "chunk": 2}
+    prompts = [*PROMPTS[:2], "word " * 200 + "?"]
+    records = critique_revise(ModelManager(tmp_path / "llama", device="cpu"), prompts, SMALL, **options)
+    assert all(len(r.steps) == (2 if r.response else 0) for r in records) and not records[2].seen_whole and records[0].seen_whole
+    assert critique_revise(ModelManager(tmp_path / "llama", device="cpu"), prompts, SMALL, **options) == records
