@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ALIGN_PRESETS', 'ALIGN_STAGES', 'VERSIONS', 'HARM', 'OVER_REFUSAL', 'RIGHT', 'ALIGN', 'PipelinePrompt',
            'read_prompts', 'StageConfig', 'CandidateConfig', 'PipelineConfig', 'align_config', 'open_model',
-           'save_aligned', 'fit_stage', 'JourneyStep', 'Journey', 'Tally', 'tally', 'world_tallies', 'tally_figure',
-           'AlignmentReport', 'alignment_conclusions', 'render_alignment', 'read_alignment', 'write_alignment',
-           'ConstitutionalPipeline']
+           'save_aligned', 'fit_stage', 'aligned_versions', 'JourneyStep', 'Journey', 'Tally', 'tally', 'world_tallies',
+           'tally_figure', 'AlignmentReport', 'alignment_conclusions', 'render_alignment', 'read_alignment',
+           'write_alignment', 'ConstitutionalPipeline']
 
 # %% ../../nbs/78_constitutional.pipeline.ipynb #864a8772
 import json
@@ -318,6 +318,13 @@ class _Places:
         done = Finished.read(self.of(_PREFER))
         return read_preferences(self.of(_PREFER) / "preferences.jsonl")[0] if done and done.facts["pairs"] else []
 
+def aligned_versions(
+    out: str | Path, # folder of a pipeline, finished or not
+    model: str, # that it began with
+) -> dict[str, str | Path]: # "before", "fine-tuned", "aligned" → where it is; those that exist
+    "The versions of a model that a pipeline has made so far."
+    return _Places(Path(out)).versions(model)
+
 # %% ../../nbs/78_constitutional.pipeline.ipynb #ef886a80
 def _sort_prompts(
     config: PipelineConfig, # which file, how many, how many to keep back
@@ -578,7 +585,8 @@ class Tally(Part):
     @property
     def p_value(self) -> float: # of "nothing changed"
         "McNemar's test between the first version and the last."
-        first, *_, last = (self.score(version) for version in self.counts)
+        scores = [self.score(version) for version in self.counts]
+        first, last = scores[0], scores[-1]
         both = first.correct - self.lost
         return PairedRates(both, self.lost, self.gained, last.total - both - self.lost - self.gained).p_value
 
@@ -590,8 +598,8 @@ def tally(
 ) -> Tally:
     "Count marks. Raises `InputError` unless every version has one for each prompt."
     rows = {version: [bool(mark) for mark in given] for version, given in marks.items()}
-    if len(rows) < 2 or len({len(row) for row in rows.values()}) != 1 or not all(rows.values()):
-        raise InputError(f"{measure!r} needs marks of two versions, one for each prompt", where=category)
+    if len({len(row) for row in rows.values()}) != 1 or not all(rows.values()):
+        raise InputError(f"{measure!r} needs marks of every version, one for each prompt", where=category)
     first, last = list(rows.values())[0], list(rows.values())[-1]
     pairs = list(zip(first, last, strict=True))
     return Tally(measure=measure, category=category, counts={version: (sum(row), len(row)) for version, row in rows.items()},
@@ -747,7 +755,7 @@ def render_alignment(
         seconds=sum(stage.seconds or 0 for stage in report.stages))
 
 # %% ../../nbs/78_constitutional.pipeline.ipynb #bdb1d474
-ALIGN = "align"
+ALIGN = Stage("align", "Align the assistant", "It criticizes its answers, learns from its revisions, then from its preferences.")
 
 
 def _align_steps(
@@ -786,7 +794,7 @@ def read_alignment(
 ) -> AlignmentReport: # of the stages that have finished
     "Put together what a pipeline has done so far. Raises `InputError` when the folder holds no alignment."
     places, mark = _Places(Path(out)), read_mark(Path(out)) if Path(out).is_dir() else {}
-    if mark.get("kind") != ALIGN:
+    if mark.get("kind") != ALIGN.kind:
         raise InputError("this folder holds no alignment", where=str(out), fix="name the folder given to `mmie align --out`")
     settings = mark["settings"]
     done = {stage.kind: found for stage in ALIGN_STAGES if (found := Finished.read(places.of(stage), reused=False))}
@@ -836,20 +844,30 @@ class ConstitutionalPipeline:
         until: str | None = None, # kind of the last stage to do; None: all
     ) -> Path: # report.html
         "Do every stage that has not been done, then write the report, also when a stage fails. Raises `InputError`."
+        out, settings = self.places.out, self.config.model_dump(mode="json")
         steps = _align_steps(self.config, self.constitution, self.places, self.progress)
         kinds = [stage.kind for stage, _ in steps]
-        if until is not None and until not in kinds:
-            raise InputError(f"there is no stage {until!r}", fix=did_you_mean(until, kinds))
-        claim_folder(self.places.out, ALIGN, self.config.model_dump(mode="json"))
-        earlier = [kind for kind in kinds if Finished.read(self.places.out / kind)]
-        with released_on_mistakes(self.places.out):
-            atomic_write(self.places.out / STAGE_SETTINGS, _to_yaml(self.config.model_dump(mode="json", exclude_unset=True)))
-            try:
-                run_in_order(steps[:kinds.index(until) + 1] if until else steps, self.announce)
-            finally:
-                if any(Finished.read(self.places.out / kind) for kind in kinds):
-                    page = write_alignment(read_alignment(self.places.out, self.command, earlier), self.places.out)
-        return page
+        if until not in (None, *kinds):
+            raise InputError(f"there is no stage {until!r}", fix=did_you_mean(str(until), kinds))
+        if until is None:
+            ALIGN.run(out, settings, lambda folder: self._work(steps), ["align", "--config", out / STAGE_SETTINGS, "--out", out])
+        else:
+            claim_folder(out, ALIGN.kind, settings)
+            with released_on_mistakes(out):
+                self._work(steps[:kinds.index(until) + 1])
+        return out / "report.html"
+
+    def _work(self, steps: Sequence[tuple[Stage, Callable[[], Finished]]]) -> Made:
+        out, kinds = self.places.out, [stage.kind for stage, _ in steps]
+        earlier = [kind for kind in kinds if Finished.read(out / kind)]
+        atomic_write(out / STAGE_SETTINGS, _to_yaml(self.config.model_dump(mode="json", exclude_unset=True)))
+        try:
+            done = run_in_order(steps, self.announce)
+        finally:
+            if any(Finished.read(out / kind) for kind in kinds):
+                write_alignment(read_alignment(out, self.command, earlier), out)
+        about = {"model": self.config.model, "constitution": self.constitution.name, "method": self.config.method}
+        return Made(about, {name: value for kind in kinds[1:] for name, value in done[kind].record.outputs.items()}, {})
 
     def model(self) -> ModelManager: # loaded when first used
         "The newest version there is."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PairLoss', 'kl_optimum', 'dpo_loss', 'ipo_loss', 'hinge_loss', 'simpo_loss', 'kto_loss', 'target_logprobs',
-           'sequence_logprobs', 'EncodedPair', 'encode_preference', 'PairBatch', 'PreferencePairs', 'PreferenceBatches',
-           'DPOConfig', 'pair_losses', 'PairStats', 'PreferenceObjective', 'PreferenceHistory', 'preference_figure',
-           'PreferenceBar', 'train_dpo']
+           'sequence_logprobs', 'EncodedPair', 'encode_preference', 'ComparisonBatch', 'PreferencePairs',
+           'PreferenceBatches', 'DPOConfig', 'pair_losses', 'PairStats', 'PreferenceObjective', 'PreferenceHistory',
+           'preference_figure', 'PreferenceBar', 'train_dpo']
 
 # %% ../../nbs/76_constitutional.policy.ipynb #a925cd6b
 import math
@@ -228,7 +228,7 @@ def encode_preference(
 
 # %% ../../nbs/76_constitutional.policy.ipynb #c55efda4
 @dataclass(frozen=True, slots=True)
-class PairBatch:
+class ComparisonBatch:
     "Pairs for a model, and what the reference thought of them."
 
     inputs: Tensor # (pairs, sides, length) long: chosen, rejected, perhaps mismatched
@@ -321,15 +321,15 @@ class PreferencePairs:
     def batch(
         self,
         numbers: Sequence[int], # of pairs
-    ) -> PairBatch:
+    ) -> ComparisonBatch:
         "Some of the pairs, as rows. Raises `InputError` before the reference is known."
         if not len(self.reference):
             raise InputError("the reference is not known yet", where="PreferencePairs", fix="call remember(model), with the first model")
         flat, shape = collate([side for i in numbers for side in self.rows[i]], self.pad_id), (len(numbers), len(self.rows[0]), -1)
         at = torch.tensor(numbers)
-        return PairBatch(flat.inputs.view(shape), flat.targets.view(shape), self.reference[at], self.probability[at], at)
+        return ComparisonBatch(flat.inputs.view(shape), flat.targets.view(shape), self.reference[at], self.probability[at], at)
 
-    def batches(self) -> Iterator[PairBatch]:
+    def batches(self) -> Iterator[ComparisonBatch]:
         "Every pair once, short ones first."
         return map(self.batch, in_order_of_size(self.lengths, self.batch_size))
 
@@ -346,7 +346,7 @@ class PreferencePairs:
 # %% ../../nbs/76_constitutional.policy.ipynb #b8389392
 def _policy_logprobs(
     model: nn.Module, # ours, or an `HFCausalLM`
-    batch: PairBatch, # on its device
+    batch: ComparisonBatch, # on its device
 ) -> Tensor: # (pairs, sides) nats
     "How probable every answer is, all in one forward pass."
     return sequence_logprobs(model, batch.inputs.flatten(0, 1), batch.targets.flatten(0, 1)).view_as(batch.reference)
@@ -384,7 +384,7 @@ class PreferenceBatches(_Dealt[list[int]]):
     def _deal(self, epoch: int) -> list[list[int]]:
         return grouped_batches(self.pairs.lengths, self.batch_size, np.random.default_rng([self.seed, epoch]))
 
-    def next_batch(self) -> PairBatch: # up to batch_size pairs
+    def next_batch(self) -> ComparisonBatch: # up to batch_size pairs
         "The next batch; after the last one the pairs are shuffled anew."
         return self.pairs.batch(self._take(1)[0])
 
@@ -425,7 +425,7 @@ class DPOConfig(TrainConfig):
 # %% ../../nbs/76_constitutional.policy.ipynb #6591ce48
 def pair_losses(
     policy: Tensor, # (pairs, sides) nats, of the model that learns
-    batch: PairBatch, # what was scored
+    batch: ComparisonBatch, # what was scored
     config: DPOConfig, # which loss, and how strict
 ) -> Tensor: # (pairs,)
     "What each pair costs. Raises `InputError` when KTO lacks its mismatched answers."
@@ -493,7 +493,7 @@ class PreferenceObjective(Callback):
     def loss(
         self,
         model: nn.Module, # ours, or an `HFCausalLM`
-        batch: PairBatch, # on the model's device
+        batch: ComparisonBatch, # on the model's device
     ) -> Tensor: # () sum over the pairs
         "What the pairs cost, by one forward pass over both sides."
         policy = _policy_logprobs(model, batch)
