@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
 from mmie.constitutional.policy import (
-    DPOConfig, PairBatch, PairStats, PreferenceBatches, PreferenceHistory, PreferenceObjective, PreferencePairs, dpo_loss, encode_preference,
-    hinge_loss, ipo_loss, kl_optimum, kto_loss, pair_losses, sequence_logprobs, simpo_loss, target_logprobs, train_dpo,
+    ComparisonBatch, DPOConfig, PairStats, PreferenceBatches, PreferenceHistory, PreferenceObjective, PreferencePairs, dpo_loss,
+    encode_preference, hinge_loss, ipo_loss, kl_optimum, kto_loss, pair_losses, sequence_logprobs, simpo_loss, target_logprobs, train_dpo,
 )
 from mmie.constitutional.preferences import Preference
 from mmie.core import InputError
@@ -198,7 +198,7 @@ def test_the_reference_is_where_learning_starts(loss: str) -> None:
 @given(st.integers(1, 8), st.sampled_from(["dpo", "ipo", "hinge", "simpo"]))
 @settings(max_examples=20, deadline=None)
 def test_pieces_add_up(parts: int, loss: str) -> None:
-    def gradients(batches: list[PairBatch]) -> list[Tensor]:
+    def gradients(batches: list[ComparisonBatch]) -> list[Tensor]:
         model = tiny(seed=1).double()
         add_gradients(model, batches, PreferenceObjective(DPOConfig(loss=loss)).loss)
         return [p.grad for p in model.parameters() if p.grad is not None]
