@@ -45,7 +45,7 @@ def test_help_is_quick_and_needs_no_torch() -> None:
 
 
 @pytest.mark.parametrize("words", [[], ["run"], ["corpus"], ["tokenizer", "train"], ["tokenizer", "encode"], ["tokenizer", "decode"], ["train"], ["finetune"],
-                                   ["generate"], ["quantize"], ["export"], ["baselines"], ["exam"], ["report"]], ids=" ".join)
+                                   ["generate"], ["quantize"], ["export"], ["align"], ["assistant"], ["assess"], ["baselines"], ["exam"], ["report"]], ids=" ".join)
 def test_every_help_teaches(mmie: Run, words: list[str]) -> None:
     shown = mmie(*words, "--help")
     assert shown.returncode == 0 and "mmie " in shown.stdout and ":  mmie" in shown.stdout.replace("\n", " "), "help ends with a line to copy"

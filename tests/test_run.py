@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-STAGES = ["corpus", "tokenizer", "baselines", "pretrain", "finetune", "quantize", "exam"]
+STAGES = ["corpus", "tokenizer", "baselines", "pretrain", "finetune", "before", "align", "after", "quantize", "exam"]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,8 @@ def results(out: Path) -> dict[str, object]:
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     keep = {key: report[key] for key in ("model", "corpus", "pretraining", "finetuning", "compression", "tokens", "samples", "exam")}
     keep["variants"] = [{key: row[key] for key in ("name", "disk_bytes", "memory_bytes", "bits_per_byte")} for row in report["variants"]]
+    aligned = report["alignment"]
+    keep["alignment"] = {key: aligned[key] for key in ("statuses", "skipped", "pairs", "journeys", "tallies")}
     return keep
 
 
@@ -54,6 +56,9 @@ def test_every_stage_leaves_its_record(finished: Path) -> None:
     assert all(scores[name] > 0 for name in ("model", "int8", "uniform", "lzma", "lzma_given_train", "ngram_bytes", "ngram_tokens"))
     assert report["reproduction"]["seed"] == 0 and report["reproduction"]["versions"]["torch"]
     assert report["exam"]["questions"] and len(report["variants"]) == 2
+    aligned = report["alignment"]
+    assert {row["measure"] for row in aligned["tallies"]} == {"helps with harm", "refuses something harmless", "answers correctly"}
+    assert all(list(row["counts"]) == ["before", "fine-tuned", "aligned"] for row in aligned["tallies"]) and aligned["journeys"][0]["steps"]
 
 
 def test_the_report_is_one_page_without_requests(finished: Path) -> None:
@@ -75,7 +80,7 @@ def test_a_second_start_repeats_nothing(mmie: Run, notes: Path, finished: Path) 
 def test_an_interrupted_run_ends_as_if_it_had_never_stopped(mmie: Run, notes: Path, finished: Path, tmp_path: Path, how: signal.Signals) -> None:
     out = tmp_path / "smoke"
     words = [str(Path(sys.executable).parent / "mmie"), "run", "--preset", "smoke", "--corpus", str(notes), "--out", str(out)]
-    for sign in ("tokenizer/stage.json", "pretrain/checkpoints/step-*", "finetune/checkpoints/step-*"): # stop three times, in three stages
+    for sign in ("tokenizer/stage.json", "pretrain/checkpoints/step-*", "align/supervise/checkpoints/step-*"): # stop three times, in three stages
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         deadline = time.monotonic() + 240
         while not list(out.glob(sign)) and process.poll() is None and time.monotonic() < deadline:
@@ -136,8 +141,9 @@ def test_each_stage_alone_gives_what_the_run_gave(mmie: Run, notes: Path, finish
     alone("train", "--corpus", tmp_path / "corpus", "--tokenizer", tmp_path / "tokenizer", "--preset", "smoke", "--out", tmp_path / "pretrain")
     alone("finetune", "--model", tmp_path / "pretrain", "--preset", "smoke", "--out", tmp_path / "finetune")
     alone("quantize", "--model", tmp_path / "finetune", "--out", tmp_path / "quantize")
+    alone("align", "--config", finished / "align" / "settings.yaml", "--out", tmp_path / "align")
     for stage, file in (("corpus", "train.jsonl"), ("tokenizer", "mmie_tokenizer.json"), ("pretrain", "model.safetensors"), ("finetune", "model.safetensors"),
-                        ("quantize", "quantized.safetensors")):
+                        ("quantize", "quantized.safetensors"), ("align", "policy/model.safetensors")):
         assert (tmp_path / stage / file).read_bytes() == (finished / stage / file).read_bytes(), stage
     for words in (["generate", "--model", tmp_path / "pretrain", "The", "--max-new-tokens", 5], ["generate", "--model", tmp_path / "quantize", "--ask", "What does len do?"]):
         first, second = mmie(*words), mmie(*words)

@@ -19,6 +19,7 @@ from typing import Annotated, Literal, Protocol
 from markupsafe import Markup
 from pydantic import Field, PlainSerializer, model_validator
 
+from ..constitutional.pipeline import AlignmentReport, alignment_conclusions, tally_figure
 from ..core import atomic_write
 from ..measure import format_bytes, format_seconds
 from mmie.pages import (
@@ -194,6 +195,7 @@ class RunReport(Part):
     tokens: TokenView | None = None # a sentence, cut up
     samples: tuple[Sample, ...] = () # the first one stands in the page's head
     exam: Exam | None = None # with every answer
+    alignment: AlignmentReport | None = None # of an assistant: what it refuses, before and after
     variants: tuple[Variant, ...] = () # the first is the one as trained
     reproduction: Reproduction | None = None # how to get the same
     notes: tuple[str, ...] = () # what the run itself wants to be said of it
@@ -278,6 +280,7 @@ def verdict(
     "Everything the record lets us conclude about how the model did."
     conclusions = _prediction_conclusions(report.compression) if report.compression else []
     if report.exam: conclusions += _exam_conclusions(report.exam)
+    if (a := report.alignment): conclusions += alignment_conclusions(a)[:len(a.measures)] # of what is known to be true
     return conclusions + _quantization_conclusions(report.variants, report.exam)
 
 # %% ../../nbs/92_insight.report.ipynb #5d06b6da
@@ -519,7 +522,7 @@ def render_report(
         r=report, verdict=verdict(report), caveats=caveats(report), lede=_lede(report), backdrop=_backdrop(report.pretraining),
         predictors=_predictors(report.compression) if report.compression else [],
         rival=next(iter(_references(report.compression)[::-1]), None),
-        **{draw.__name__: in_two_widths(draw) for draw in (curve_figure, compression_figure, answers_figure)})
+        **{draw.__name__: in_two_widths(draw) for draw in (curve_figure, compression_figure, answers_figure, tally_figure)})
 
 # %% ../../nbs/92_insight.report.ipynb #a319d572
 def write_report(
