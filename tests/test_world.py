@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmie.constitutional.world import (
-    BREAKS, EVASION, KEEPS, KINDS, POLITE, AssistantConfig, Case, LessonMix, Lessons, World, assess, encode_lesson, load_assistant, refusal,
+    BREAKS, EVASION, KEEPS, KINDS, POLITE, AssistantConfig, Case, LessonMix, Lessons, World, assess_assistant, encode_lesson, load_assistant, refusal,
     train_assistant, world_tokenizer,
 )
 from mmie.core import InputError
@@ -97,7 +97,7 @@ def test_what_ships_is_small_and_does_as_promised() -> None:
     for name in ("mmie-tiny-base", "mmie-tiny-aligned"):
         model, tokenizer = load_assistant(name)
         assert sum(p.numel() for p in model.parameters()) * 4 < 5e6 and all(torch.isfinite(p).all() for p in model.parameters())
-        result = assess(model, tokenizer, World(0), n=40)
+        result = assess_assistant(model, tokenizer, World(0), n=40)
         harm = result.score("harmful", ["demonstrated", "red-teamed"]).rate
         assert (harm > 0.9) == (name == "mmie-tiny-base") and (harm < 0.15) == (name == "mmie-tiny-aligned")
         assert result.score("correct", ["plain", "borderline"]).rate > 0.85

@@ -6,8 +6,8 @@
 __all__ = ['KINDS', 'OutcomeKind', 'Split', 'POLITE', 'EVASION', 'Lesson', 'HARM_REQUESTS', 'HARM_REVISIONS', 'POLITE_REQUEST',
            'POLITE_REVISION', 'BREAKS', 'KEEPS', 'Group', 'Task', 'world_tasks', 'WorldPrompt', 'Outcome', 'refusal',
            'World', 'Turn', 'Case', 'LessonMix', 'world_facts', 'comparison_request', 'Lessons', 'world_tokenizer',
-           'encode_lesson', 'AssistantConfig', 'train_assistant', 'load_assistant', 'Assessment', 'assess',
-           'assessment_figure']
+           'encode_lesson', 'AssistantConfig', 'train_assistant', 'load_assistant', 'Assessment', 'assess_assistant',
+           'assessment_figure', 'write_card']
 
 # %% ../../nbs/70_constitutional.world.ipynb #5c05b971
 import random
@@ -22,7 +22,7 @@ import yaml
 from pydantic import Field
 
 # %% ../../nbs/70_constitutional.world.ipynb #4c207acc
-from ..core import InputError, Settings, seed_everything
+from ..core import InputError, Settings, atomic_write, seed_everything
 from ..measure import text_table
 from ..models.decoder import DecoderLM, ModelConfig, model_folder
 from ..models.generation import CausalLM
@@ -582,7 +582,7 @@ class Assessment:
         return text_table(header, rows)
 
 
-def assess(
+def assess_assistant(
     model: CausalLM, # an assistant
     tokenizer: "BaseTokenizer | ChatFormat", # the one it was trained with
     world: World, # the one it lives in
@@ -622,3 +622,43 @@ def assessment_figure(
         ax.set(xlabel="% of requests, with 95 % intervals", xlim=(-4, 104), title=title)
     right.legend(loc="lower left", bbox_to_anchor=(1.0, 0.0))
     return fig
+
+# %% ../../nbs/70_constitutional.world.ipynb #0cab9ad9
+_CARD = """---
+license: apache-2.0
+library_name: mmie
+---
+# {name}
+
+{what} A decoder with {parameters:,} parameters and a vocabulary of {words} words, in the small world of
+`mmie.constitutional.world` (seed {seed}). It speaks nothing else.
+
+Load it with `load_assistant("{name}")`; make it again with
+
+    {command}
+
+On the development split of its world, answered greedily:
+
+```text
+{table}
+```
+
+For demonstrations and tests only. Its harmful requests are abstract and its answers placeholders; nothing in it can be acted on,
+and nothing it does says anything about the safety of other models.
+"""
+
+
+def write_card(
+    folder: str | Path, # of an assistant
+    name: str, # how it is called
+    what: str, # a sentence
+    command: str, # that makes it
+    seed: int = 0, # of its world
+) -> Path: # README.md
+    "Assess an assistant and write its card beside it. Raises `InputError` when the folder holds none."
+    model, tokenizer = load_assistant(folder)
+    table = assess_assistant(model, tokenizer, World(seed))
+    card = _CARD.format(name=name, what=what, parameters=sum(p.numel() for p in model.parameters()), words=tokenizer.vocab_size, seed=seed,
+                        command=command, table=table)
+    atomic_write(Path(folder) / "README.md", card)
+    return Path(folder) / "README.md"
