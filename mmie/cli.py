@@ -137,14 +137,18 @@ def _run(
     corpus: _Corpus = [], # text to learn from # noqa: B006
     questions: _Questions = None, # pairs to learn
     config: _Config = None, # file with other settings
+    from_base: Annotated[
+        bool | None,
+        typer.Option("--from-base/--train-base", help="Align the assistant that comes with mmie (as the presets do), or raise one first."),
+    ] = None, # which assistant to align
     seed: _Seed = None, # of all randomness
 ) -> None:
-    """Raise a model from text to report: corpus, tokenizer, pretraining, fine-tuning, int8, exam.
+    """Raise a model from text to report: corpus, tokenizer, pretraining, fine-tuning, alignment of an assistant, int8, exam.
 
     A finished stage is not run again. Stop with Ctrl-C whenever you like: the same command goes on from there.
     """
     from mmie.lifecycle import run_config, run_life
-    said = _given(corpus=[str(path) for path in corpus], questions=questions and str(questions), seed=seed)
+    said = _given(corpus=[str(path) for path in corpus], questions=questions and str(questions), from_base=from_base, seed=seed)
     settings = run_config(preset, config, **said)
     report = run_life(settings, out, command=shlex.join(["mmie", *sys.argv[1:]]), announce=typer.echo, progress=True)
     typer.echo(f"\nThe report: {report}")
@@ -278,6 +282,88 @@ def _finetune(
     from mmie.lifecycle import finetune, run_config
     settings = run_config(preset, config, **_given(seed=seed, questions=questions and str(questions), finetune=_given(steps=steps)))
     _tell(finetune(model, out, settings, progress=True))
+
+# %% ../nbs/94_cli.ipynb #644a5148
+@app.command("align", epilog="Your own:  mmie align --model my_model --prompts red_team.txt --constitution rules.yaml --out work/aligned")
+def _align(
+    out: _Out, # where the result goes
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder of a model and its tokenizer (ours or of transformers), 'owner/name' on the hub, or mmie-tiny-base."),
+    ] = None, # whom to align
+    prompts: Annotated[
+        Path | None, typer.Option(help='What users might ask: .txt, one a line, or .jsonl with "prompt" and perhaps "kind".'),
+    ] = None, # what to ask it
+    constitution: Annotated[
+        str | None, typer.Option(help="Principles: a YAML file, or default, small-world or polite. What suits the model when left out."),
+    ] = None, # what it is held to
+    preset: Annotated[
+        str | None, typer.Option(help="Settings that fit together: standard, small-world or smoke. What suits the model when left out."),
+    ] = None, # settings to start from
+    config: Annotated[
+        Path | None, typer.Option(help="YAML or JSON file with settings that differ from the preset's, for example `dpo: {beta: 0.3}`."),
+    ] = None, # file with other settings
+    method: Annotated[str | None, typer.Option(help="How to learn from preferences: dpo, ppo, grpo, or none.")] = None, # of learning
+    rounds: Annotated[int | None, typer.Option(min=1, help="Of critique and revision.")] = None, # how often to revise
+    until: Annotated[
+        str | None, typer.Option(help="Stop after this stage: prompts, revise, supervise, prefer, reward, policy or compare."),
+    ] = None, # last stage
+    add_marks: Annotated[
+        bool, typer.Option("--add-marks", help="Teach our chat marks to a tokenizer without a chat template."),
+    ] = False, # for base models
+    seed: _Seed = None, # of all randomness
+) -> None:
+    """Let a model criticize and revise its own answers, learn from that, then from its own preferences.
+
+    Prompts that can't be used are listed in prompts/rejected.txt. Stop with Ctrl-C whenever you like: the same command goes on from there.
+    """
+    from mmie.constitutional.pipeline import ConstitutionalPipeline, align_config
+    said = _given(model=model, prompts=prompts and str(prompts), constitution=constitution, method=method, rounds=rounds,
+                  add_marks=add_marks or None, seed=seed)
+    if config is None and (missing := [name for name in ("model", "prompts") if name not in said]):
+        raise InputError(f"--{missing[0]} is missing", fix="say which model and which prompts, or name a --config that does")
+    settings = align_config(preset, config, **said)
+    pipeline = ConstitutionalPipeline(settings, out, command=shlex.join(["mmie", *sys.argv[1:]]), announce=typer.echo, progress=True)
+    typer.echo(f"\nThe report: {pipeline.run(until)}")
+
+# %% ../nbs/94_cli.ipynb #8c303450
+@app.command("assistant", epilog="Example:  mmie assistant --out work/assistant")
+def _assistant(
+    out: _Out, # where the result goes
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON file with its recipe, for example `steps: 500`.")] = None, # recipe
+    seed: _Seed = None, # of all randomness
+) -> None:
+    """Raise the small world's assistant, which helps with everything: the recipe of mmie-tiny-base.
+
+    Ctrl-C saves a checkpoint; the same command goes on from it.
+    """
+    from mmie.constitutional.world import AssistantConfig
+    from mmie.lifecycle import raise_assistant
+    _tell(raise_assistant(out, AssistantConfig.read(config, **_given(seed=seed)), progress=True))
+
+
+@app.command("assess", epilog="Example:  mmie assess --model mmie-tiny-base --model work/aligned/policy --out work/assessed")
+def _assess(
+    model: Annotated[
+        list[str], typer.Option(help="Folder of an assistant of the small world, or mmie-tiny-base. Up to three versions of one."),
+    ], # whom to ask
+    out: _Out, # where the result goes
+    n: Annotated[
+        int, typer.Option("--requests", min=1, help="Requests of each harmful category; four times as many harmless ones."),
+    ] = 12, # of each
+    seed: _Seed = None, # of the world, and of the draw
+) -> None:
+    "Count how often an assistant of the small world helps with harm, refuses what is harmless, and answers correctly."
+    from mmie.lifecycle import measure_assistants
+    _tell(measure_assistants(dict(zip(_versions(len(model)), model, strict=True)), out, n=n, seed=seed or 0))
+
+
+def _versions(
+    n: int, # how many
+) -> tuple[str, ...]: # their names
+    if n > 3:
+        raise InputError(f"{n} versions are too many", where="--model", fix="give up to three")
+    return ("before", "fine-tuned", "aligned")[:n] if n != 2 else ("before", "aligned")
 
 # %% ../nbs/94_cli.ipynb #841afed1
 @app.command("generate", epilog="Ask:  mmie generate --model runs/tiny/finetune --ask \"What does len do?\"")
