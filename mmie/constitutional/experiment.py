@@ -6,7 +6,7 @@
 __all__ = ['HARMFUL', 'HARMLESS', 'RECIPES', 'EARLY', 'LATE', 'WORLD_WORDING', 'Marks', 'StudyConfig', 'Recipe', 'Lab',
            'make_base', 'align_by_revision', 'collect_preferences', 'train_reward', 'align_by_preference',
            'align_by_reward', 'study_arms', 'Study', 'run_study', 'study_table', 'Target', 'study_targets',
-           'target_table', 'stage_figure', 'trade_figure', 'paired_change']
+           'target_table', 'stage_figure', 'control_figure', 'paired_change']
 
 # %% ../../nbs/79_constitutional.experiment.ipynb #8f33de9d
 import json
@@ -36,7 +36,7 @@ from mmie.constitutional.rewards import (
     RewardModel, evaluate_rewards, load_reward_model, save_reward_model, split_preferences, train_reward_model,
 )
 from mmie.constitutional.world import (
-    HARM_REQUESTS, KINDS, POLITE, Assessment, AssistantConfig, Split, World, WorldPrompt, assess, load_assistant, train_assistant,
+    HARM_REQUESTS, KINDS, POLITE, Assessment, AssistantConfig, Split, World, WorldPrompt, assess_assistant, load_assistant, train_assistant,
 )
 from ..core import Settings, atomic_write, read_mapping
 from ..measure import text_table
@@ -134,7 +134,7 @@ LATE = ("late", *HARMLESS) # and after it
 WORLD_WORDING = PointwiseWording(requests=HARM_REQUESTS[:1], marker=", so it", good=("keeps the rule",), bad=("breaks the rule",),
                                  max_new_tokens=48)
 
-# %% ../../nbs/79_constitutional.experiment.ipynb #a141f0bd
+# %% ../../nbs/79_constitutional.experiment.ipynb #ad3c9cd9
 @dataclass(frozen=True)
 class Lab:
     "One seed of a study: its world and its folders."
@@ -167,7 +167,7 @@ class Lab:
         tokenizer: BaseTokenizer, # its words
     ) -> dict[str, Any]: # facts of a stage
         "What it does, how far it went from the base, how varied it is."
-        result = assess(model, tokenizer, self.world, self.config.split, n=self.config.asked)
+        result = assess_assistant(model, tokenizer, self.world, self.config.split, n=self.config.asked)
         polite = Score.of(text.startswith(POLITE) for text in result.answers)
         return {"marks": dict(Marks.of(result).rows), "polite": polite.rate, **self.distance(model, tokenizer, result)}
 
@@ -296,7 +296,7 @@ def collect_preferences(
             "judge": [agreement.right.correct, agreement.right.total],
             "contrast": {arm: _contrast(lab, arm, asked[:200]) for arm in ("base", "SL-CAI")}}
 
-# %% ../../nbs/79_constitutional.experiment.ipynb #937af3f8
+# %% ../../nbs/79_constitutional.experiment.ipynb #164c4e27
 def _pairs(
     lab: Lab, # one seed
 ) -> list[Preference]: # collected before
@@ -318,7 +318,7 @@ def train_reward(
     score = evaluate_rewards(reward, held_out).right
     return {"pairs": len(chosen), "right": [score.correct, score.total]}
 
-
+# %% ../../nbs/79_constitutional.experiment.ipynb #9d8d46c9
 def align_by_preference(
     lab: Lab, # one seed
     folder: Path, # gets the assistant
@@ -332,7 +332,7 @@ def align_by_preference(
     return {**lab.measure(model, tokenizer), "accuracy": last.accuracy, "chosen shift": last.chosen_shift,
             "rejected shift": last.rejected_shift}
 
-
+# %% ../../nbs/79_constitutional.experiment.ipynb #937af3f8
 def align_by_reward(
     lab: Lab, # one seed
     folder: Path, # gets the assistant
@@ -537,7 +537,7 @@ def _targets(
         ("GRPO loses harmless requests", most, 0.10, less(right, rates("GRPO", "right", *HARMLESS))),
     ]
 
-
+# %% ../../nbs/79_constitutional.experiment.ipynb #a547ce6e
 def study_targets(
     study: Study, # all arms
 ) -> list[Target]:
@@ -546,7 +546,7 @@ def study_targets(
                    tuple(value >= limit if side == "at least" else value <= limit for value in values))
             for what, side, limit, values in _targets(study)]
 
-
+# %% ../../nbs/79_constitutional.experiment.ipynb #7a7cd031
 def target_table(
     targets: Sequence[Target], # from `study_targets`
 ) -> str:
@@ -555,7 +555,7 @@ def target_table(
             for t in targets]
     return text_table(["", "asked", *(f"seed {i}" for i in range(len(targets[0].measured))), "met"], rows)
 
-# %% ../../nbs/79_constitutional.experiment.ipynb #545a4913
+# %% ../../nbs/79_constitutional.experiment.ipynb #5d634793
 def stage_figure(
     study: Study, # with the arms
     arms: Sequence[str] = ("base", "SL-CAI", "DPO", "PPO", "GRPO"), # assistants, at most six
@@ -576,8 +576,8 @@ def stage_figure(
     right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return fig
 
-
-def trade_figure(
+# %% ../../nbs/79_constitutional.experiment.ipynb #ad2937af
+def control_figure(
     study: Study, # with the arms
     arms: Sequence[str], # assistants, at most eight
 ) -> "Figure": # lower left is where one wants to be

@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 from markupsafe import Markup
 from pydantic import Field
@@ -105,80 +105,47 @@ def read_prompts(
 # %% ../../nbs/78_constitutional.pipeline.ipynb #46c326f0
 class StageConfig(TrainConfig):
     "How to train in one stage: the trainer's settings, and how many rows it gets at a time."
-    batch_size: int = Field(16, ge=1)
-    "Rows of a batch."
+    batch_size: int = Field(16, ge=1) # rows of a batch
 
 
 class CandidateConfig(Settings):
     "Between which answers the judge chooses."
-    samples: int = Field(4, ge=0)
-    "Free answers to each prompt."
-    openings: tuple[str, ...] = ()
-    "One more answer that begins with each of these."
-    temperature: float = Field(1.0, ge=0)
-    "Of the sampling; 0 is greedy."
-    min_coverage: float = Field(0.05, ge=0, le=1)
-    "Least probability of both verdicts together that counts as an opinion."
-    min_probability: float = Field(0.75, ge=0.5, le=1)
-    "How sure the judge must be of a pair."
-    most_sure: float = Field(0.95, gt=0.5, le=1)
-    "How sure it may be."
+    samples: int = Field(4, ge=0) # free answers to each prompt
+    openings: tuple[str, ...] = () # one more answer that begins with each of these
+    temperature: float = Field(1.0, ge=0) # of the sampling; 0 is greedy
+    min_coverage: float = Field(0.05, ge=0, le=1) # least probability of both verdicts together that counts as an opinion
+    min_probability: float = Field(0.75, ge=0.5, le=1) # how sure the judge must be of a pair
+    most_sure: float = Field(0.95, gt=0.5, le=1) # how sure it may be
 
 # %% ../../nbs/78_constitutional.pipeline.ipynb #df68cc0f
 class PipelineConfig(Settings):
     "Everything that decides the outcome of an alignment."
-    preset: str = "standard"
-    "Where the other settings came from."
-    model: str
-    "A folder, 'owner/name' on the hub, or a model that comes with this package."
-    prompts: str
-    "A .txt or .jsonl file."
-    constitution: str = "default"
-    "A YAML file, or one of the constitutions that come with this package."
-    seed: int = Field(0, ge=0, lt=2**32)
-    "Where all randomness starts."
-    n_prompts: int | None = Field(None, ge=2)
-    "Use at most so many, drawn at random; null for all."
-    heldout: float = Field(0.1, ge=0, lt=1)
-    "Share of the prompts that the model never learns from."
-    rounds: int = Field(1, ge=1)
-    "Of critique and revision."
-    temperature: float = Field(0.0, ge=0)
-    "Of answers, critiques and revisions; 0 is greedy."
-    max_new_tokens: int = Field(128, ge=1)
-    "Longest answer, critique and revision."
-    max_length: int = Field(1024, ge=8)
-    "Most tokens of a conversation to learn from, as far as the model's memory reaches."
-    supervised: StageConfig = StageConfig(steps=200, lr=1e-5, warmup=10, checkpoint_every=50)
-    "Fine-tuning on the revisions."
-    method: Literal["dpo", "ppo", "grpo", "none"] = "dpo"
-    "How to learn from preferences; none stops after the fine-tuning."
-    judge: Literal["pointwise", "pairwise"] = "pointwise"
-    "Whether the judge sees one answer at a time, or two."
-    pointwise: PointwiseWording = PointwiseWording()
-    "How it is asked about one."
-    pairwise: PairwiseWording = PairwiseWording()
-    "How it is asked about two."
-    candidates: CandidateConfig = CandidateConfig()
-    "Between which answers it chooses."
-    dpo: DPOConfig = DPOConfig(steps=200, lr=1e-6, warmup=10, checkpoint_every=50)
-    "For method dpo."
-    reward: StageConfig = StageConfig(steps=200, lr=1e-5, warmup=10, checkpoint_every=50)
-    "The reward model of ppo and grpo."
-    ppo: PPOConfig = PPOConfig(checkpoint_every=50)
-    "For method ppo."
-    grpo: GRPOConfig = GRPOConfig(checkpoint_every=50)
-    "For method grpo."
-    n_compared: int = Field(400, ge=1)
-    "Prompts that every version of the model is asked in the end; those held out come first."
-    device: str = "auto"
-    "Where to compute."
-    dtype: str = "float32"
-    "Precision of the weights."
-    batch_size: int = Field(32, ge=1)
-    "Conversations answered at a time; halved where memory runs out."
-    add_marks: bool = False
-    "Give our chat marks to a tokenizer that has no chat template."
+    preset: str = "standard" # where the other settings came from
+    model: str # a folder, 'owner/name' on the hub, or a model that comes with this package
+    prompts: str # a .txt or .jsonl file
+    constitution: str = "default" # a YAML file, or one of the constitutions that come with this package
+    seed: int = Field(0, ge=0, lt=2**32) # where all randomness starts
+    n_prompts: int | None = Field(None, ge=2) # use at most so many, drawn at random; null for all
+    heldout: float = Field(0.1, ge=0, lt=1) # share of the prompts that the model never learns from
+    rounds: int = Field(1, ge=1) # of critique and revision
+    temperature: float = Field(0.0, ge=0) # of answers, critiques and revisions; 0 is greedy
+    max_new_tokens: int = Field(128, ge=1) # longest answer, critique and revision
+    max_length: int = Field(1024, ge=8) # most tokens of a conversation to learn from, as far as the model's memory reaches
+    supervised: StageConfig = StageConfig(steps=200, lr=1e-5, warmup=10, checkpoint_every=50) # fine-tuning on the revisions
+    method: Literal["dpo", "ppo", "grpo", "none"] = "dpo" # how to learn from preferences; none stops after the fine-tuning
+    judge: Literal["pointwise", "pairwise"] = "pointwise" # whether the judge sees one answer at a time, or two
+    pointwise: PointwiseWording = PointwiseWording() # how it is asked about one
+    pairwise: PairwiseWording = PairwiseWording() # how it is asked about two
+    candidates: CandidateConfig = CandidateConfig() # between which answers it chooses
+    dpo: DPOConfig = DPOConfig(steps=200, lr=1e-6, warmup=10, checkpoint_every=50) # for method dpo
+    reward: StageConfig = StageConfig(steps=200, lr=1e-5, warmup=10, checkpoint_every=50) # the reward model of ppo and grpo
+    ppo: PPOConfig = PPOConfig(checkpoint_every=50) # for method ppo
+    grpo: GRPOConfig = GRPOConfig(checkpoint_every=50) # for method grpo
+    n_compared: int = Field(400, ge=1) # prompts that every version of the model is asked in the end; those held out come first
+    device: str = "auto" # where to compute
+    dtype: str = "float32" # precision of the weights
+    batch_size: int = Field(32, ge=1) # conversations answered at a time; halved where memory runs out
+    add_marks: bool = False # give our chat marks to a tokenizer that has no chat template
 
 # %% ../../nbs/78_constitutional.pipeline.ipynb #c6d4505d
 _LITTLE: dict[str, object] = { # a judge who says "… , so it breaks the rule .", and candidates of both kinds
@@ -330,6 +297,7 @@ def _sort_prompts(
     config: PipelineConfig, # which file, how many, how many to keep back
     folder: Path, # of the stage
 ) -> Made:
+    open_model(config.model, config).unload() # can it be loaded, can it talk? a mistake here should leave nothing behind
     good, rejected = read_prompts(config.prompts)
     draw = random.Random(config.seed)
     chosen = sorted(draw.sample(range(len(good)), min(config.n_prompts or len(good), len(good))))
@@ -820,6 +788,31 @@ def write_alignment(
     return page
 
 # %% ../../nbs/78_constitutional.pipeline.ipynb #7c03c4d3
+class _Plan(Protocol):
+    "What a pipeline knows."
+    config: PipelineConfig # what to do
+    constitution: Constitution # by which principles
+    places: _Places # where to
+    command: str # as typed, for the report
+    announce: Callable[[str], None] # told what happens
+
+
+def _go_through(
+    plan: _Plan, # of the pipeline
+    steps: Sequence[tuple[Stage, Callable[[], Finished]]], # all of them, or the first few
+) -> Made:
+    out, kinds = plan.places.out, [stage.kind for stage, _ in steps]
+    earlier = [kind for kind in kinds if Finished.read(out / kind)]
+    atomic_write(out / STAGE_SETTINGS, _to_yaml(plan.config.model_dump(mode="json", exclude_unset=True)))
+    try:
+        done = run_in_order(steps, plan.announce)
+    finally:
+        if any(Finished.read(out / kind) for kind in kinds):
+            write_alignment(read_alignment(out, plan.command, earlier), out)
+    about = {"model": plan.config.model, "constitution": plan.constitution.name, "method": plan.config.method}
+    return Made(about, {name: value for kind in kinds[1:] for name, value in done[kind].record.outputs.items()}, {})
+
+# %% ../../nbs/78_constitutional.pipeline.ipynb #6795ed2e
 class ConstitutionalPipeline:
     "Answers, critiques, revisions, fine-tuning, preferences and the policy they make, in a folder. Bai et al. 2022. Raises `InputError`."
 
@@ -850,24 +843,12 @@ class ConstitutionalPipeline:
         if until not in (None, *kinds):
             raise InputError(f"there is no stage {until!r}", fix=did_you_mean(str(until), kinds))
         if until is None:
-            ALIGN.run(out, settings, lambda folder: self._work(steps), ["align", "--config", out / STAGE_SETTINGS, "--out", out])
+            ALIGN.run(out, settings, lambda folder: _go_through(self, steps), ["align", "--config", out / STAGE_SETTINGS, "--out", out])
         else:
             claim_folder(out, ALIGN.kind, settings)
             with released_on_mistakes(out):
-                self._work(steps[:kinds.index(until) + 1])
+                _go_through(self, steps[:kinds.index(until) + 1])
         return out / "report.html"
-
-    def _work(self, steps: Sequence[tuple[Stage, Callable[[], Finished]]]) -> Made:
-        out, kinds = self.places.out, [stage.kind for stage, _ in steps]
-        earlier = [kind for kind in kinds if Finished.read(out / kind)]
-        atomic_write(out / STAGE_SETTINGS, _to_yaml(self.config.model_dump(mode="json", exclude_unset=True)))
-        try:
-            done = run_in_order(steps, self.announce)
-        finally:
-            if any(Finished.read(out / kind) for kind in kinds):
-                write_alignment(read_alignment(out, self.command, earlier), out)
-        about = {"model": self.config.model, "constitution": self.constitution.name, "method": self.config.method}
-        return Made(about, {name: value for kind in kinds[1:] for name, value in done[kind].record.outputs.items()}, {})
 
     def model(self) -> ModelManager: # loaded when first used
         "The newest version there is."
