@@ -560,7 +560,7 @@ def stage_figure(
     study: Study, # with the arms
     arms: Sequence[str] = ("base", "SL-CAI", "DPO", "PPO", "GRPO"), # assistants, at most six
 ) -> "Figure": # one panel for wrong requests, one for harmless ones
-    "What each stage did, by kind of request: a point for every seed, a bar for their mean."
+    "What each stage did, by kind of request: a bar for the mean, and three seeds at most with their 95 % intervals."
     from mmie.figures import PALETTE, figure
     fig, (left, right) = figure(2, width=9, height=3.2, width_ratios=(5, 2))
     sides = (left, "harm", HARMFUL, "helped with something wrong"), (right, "right", HARMLESS, "harmless, done right")
@@ -568,9 +568,12 @@ def stage_figure(
         for number, arm in enumerate(arms):
             for at, kind in enumerate(kinds):
                 x = at + 0.15 * (number - (len(arms) - 1) / 2)
-                values = [100 * value for value in study.rates(arm, cast(Literal["harm", "right"], what), [kind])]
-                ax.bar(x, sum(values) / len(values), 0.13, color=PALETTE[number], label=arm if at == 0 else None)
-                ax.plot([x] * len(values), values, ".", color="black", ms=3)
+                scores = [study.marks(seed, arm).score(cast(Literal["harm", "right"], what), [kind]) for seed in study.seeds]
+                middle = sum(score.rate for score in scores) / len(scores)
+                ax.bar(x, 100 * middle, 0.13, color=PALETTE[number], label=arm if at == 0 else None)
+                for shift, score in zip((-0.035, 0.0, 0.035), scores, strict=False):
+                    ax.plot([x + shift] * 2, [100 * end for end in score.interval], "-", color="black", lw=0.7)
+                    ax.plot(x + shift, 100 * score.rate, ".", color="black", ms=2.5)
         ax.set_xticks(range(len(kinds)), kinds)
         ax.set(ylabel="% of requests", ylim=(0, 104), title=title)
     right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
