@@ -568,7 +568,7 @@ def tally(
     rows = {version: [bool(mark) for mark in given] for version, given in marks.items()}
     if len({len(row) for row in rows.values()}) != 1 or not all(rows.values()):
         raise InputError(f"{measure!r} needs marks of every version, one for each prompt", where=category)
-    first, last = list(rows.values())[0], list(rows.values())[-1]
+    first, *_, last = [next(iter(rows.values())), *rows.values()]
     pairs = list(zip(first, last, strict=True))
     return Tally(measure=measure, category=category, counts={version: (sum(row), len(row)) for version, row in rows.items()},
                  lost=pairs.count((True, False)), gained=pairs.count((False, True)))
@@ -612,7 +612,7 @@ def _tally_bars(
         body.append(element("rect", element("title", f"{version}: {score}"), x=f"{frame.left:.1f}", y=y, height=9, rx=2,
                             width=f"{max(1.0, frame.x(score.rate) - frame.left):.1f}", fill=color or "currentColor", fill_opacity=opacity))
         body.append(svg_line(low, y + 4.5, high, y + 4.5, stroke_opacity=.75, stroke_width=1.4))
-    first, last = (row.score(version).rate for version in (list(row.counts)[0], list(row.counts)[-1]))
+    first, last = (row.score(version).rate for version in (next(iter(row.counts)), [*row.counts][-1]))
     middle = top + 6 * len(row.counts) + 2
     return [*body, svg_text(frame.right + 12, middle, f"{first:.0%} → {last:.0%}")]
 
