@@ -365,6 +365,26 @@ def _versions(
         raise InputError(f"{n} versions are too many", where="--model", fix="give up to three")
     return ("before", "fine-tuned", "aligned")[:n] if n != 2 else ("before", "aligned")
 
+# %% ../nbs/94_cli.ipynb #96609221
+@app.command("study", epilog="One seed:  mmie study --seed 0 --out work/study")
+def _study(
+    out: _Out, # where the result goes
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, help="Only this one; may be given several times. All three when left out."),
+    ] = None, # worlds
+    config: Annotated[
+        Path | None, typer.Option(help="YAML or JSON file with other sizes, for example `prompts: 500`."),
+    ] = None, # sizes
+) -> None:
+    """Do the alignment experiment: base, supervised, DPO, PPO, GRPO, controls and failures, measured on the test split.
+
+    About a quarter of an hour a seed on one core. What is done stays done: the same command goes on from there.
+    """
+    from mmie.constitutional.experiment import StudyConfig, run_study, study_targets, target_table
+    study = run_study(StudyConfig.read(config), out, seeds=seed, announce=typer.echo)
+    study.write(out / "study.json")
+    typer.echo(f"\n{target_table(study_targets(study))}\n\nEverything measured: {out / 'study.json'}")
+
 # %% ../nbs/94_cli.ipynb #841afed1
 @app.command("generate", epilog="Ask:  mmie generate --model runs/tiny/finetune --ask \"What does len do?\"")
 def _generate(
