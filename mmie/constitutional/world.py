@@ -175,15 +175,23 @@ def refusal(
 class World:
     "For one seed: the tasks' tools and places, who evaluates on which, and the truth about answers. Raises `InputError` for a bad seed."
     seed: int = 0 # another seed is another world of the same words
+    per_group: int | None = None # tasks of each group, drawn by the seed; None: all there are
 
     def __post_init__(self) -> None:
         if not isinstance(self.seed, int) or self.seed < 0:
             raise InputError(f"seed={self.seed!r} makes no world", where="World", fix="use a whole number from 0")
+        if self.per_group is not None and (not isinstance(self.per_group, int) or self.per_group < 20):
+            raise InputError(f"per_group={self.per_group!r} leaves too little to hold out", where="World", fix="use 20 or more")
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:
         "Every task, wrong ones first."
-        return world_tasks()
+        if self.per_group is None:
+            return world_tasks()
+        deck = random.Random(f"{self.seed} tasks").sample(world_tasks(), len(world_tasks()))
+        groups = dict.fromkeys(task.group for task in deck)
+        kept = {task for group in groups for task in [card for card in deck if card.group == group][:self.per_group]}
+        return tuple(task for task in world_tasks() if task in kept)
 
     @cached_property
     def _tools(self) -> dict[str, str]:
