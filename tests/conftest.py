@@ -5,8 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
+
+settings.register_profile("mmie", deadline=None) # how long an example takes depends on what else the machine does
+settings.load_profile("mmie")
 
 
 @pytest.fixture(scope="session")
