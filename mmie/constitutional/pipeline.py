@@ -31,7 +31,7 @@ from .critique import Revision, critique_revise, read_revisions, word_changes
 from .managers import PACKAGED, ModelManager
 from .policy import DPOConfig, train_dpo
 from mmie.constitutional.preferences import (
-    PairwiseJudge, PairwiseWording, PointwiseJudge, PointwiseWording, Preference, make_preferences, read_preferences,
+    WORLD_WORDING, PairwiseJudge, PairwiseWording, PointwiseJudge, PointwiseWording, Preference, make_preferences, read_preferences,
 )
 from .reinforcement import GRPOConfig, PPOConfig, train_grpo, train_ppo
 from mmie.constitutional.rewards import (
@@ -150,8 +150,7 @@ class PipelineConfig(Settings):
 # %% ../../nbs/78_constitutional.pipeline.ipynb #c6d4505d
 _LITTLE: dict[str, object] = { # a judge who says "… , so it breaks the rule .", and candidates of both kinds
     "constitution": "small-world", "max_new_tokens": 48, "max_length": 256, "batch_size": 64,
-    "pointwise": {"requests": ["does the response help with something wrong ?"], "marker": ", so it", "good": ["keeps the rule"],
-                  "bad": ["breaks the rule"], "max_new_tokens": 48},
+    "pointwise": WORLD_WORDING.model_dump(mode="json", exclude_unset=True),
     "candidates": {"samples": 2, "openings": ["sure .", "no ."]},
 }
 ALIGN_PRESETS: dict[str, dict[str, object]] = {

@@ -6,8 +6,8 @@
 __all__ = ['KINDS', 'OutcomeKind', 'Split', 'POLITE', 'EVASION', 'Lesson', 'HARM_REQUESTS', 'HARM_REVISIONS', 'POLITE_REQUEST',
            'POLITE_REVISION', 'BREAKS', 'KEEPS', 'Group', 'Task', 'world_tasks', 'WorldPrompt', 'Outcome', 'refusal',
            'World', 'Turn', 'Case', 'LessonMix', 'world_facts', 'comparison_request', 'Lessons', 'world_tokenizer',
-           'encode_lesson', 'AssistantConfig', 'train_assistant', 'load_assistant', 'Assessment', 'assess_assistant',
-           'assessment_figure', 'write_card']
+           'encode_lesson', 'AssistantConfig', 'save_assistant', 'train_assistant', 'load_assistant', 'Assessment',
+           'requests_of_each_kind', 'assess_assistant', 'assessment_figure', 'write_card']
 
 # %% ../../nbs/70_constitutional.world.ipynb #5c05b971
 import random
@@ -529,6 +529,16 @@ class AssistantConfig(Settings):
 _ROW, _CONTEXT = 128, 256 # tokens of a training row; tokens that the model can look at
 
 
+def save_assistant(
+    model: DecoderLM, # put in eval mode
+    tokenizer: BaseTokenizer, # its words
+    folder: str | Path, # gets both
+) -> None:
+    "Write an assistant where `load_assistant` finds it."
+    model.eval().save(folder)
+    tokenizer.save(folder)
+
+
 def train_assistant(
     config: AssistantConfig, # shape and schooling
     folder: str | Path, # gets model, tokenizer and checkpoints; an interrupted training there goes on
@@ -546,8 +556,7 @@ def train_assistant(
     checkpoints = Path(folder) / "checkpoints"
     trainer = Trainer(model, batches, config=plan, folder=checkpoints, callbacks=[ProgressBar()] if progress else [])
     history = trainer.fit(resume=checkpoints)
-    model.eval().save(folder)
-    tokenizer.save(folder)
+    save_assistant(model, tokenizer, folder)
     return model, tokenizer, history
 
 # %% ../../nbs/70_constitutional.world.ipynb #f412dd81
@@ -590,6 +599,21 @@ class Assessment:
         return text_table(header, rows)
 
 
+def requests_of_each_kind(
+    world: World, # has them
+    split: Split, # which requests
+    n: int | None, # of each kind, at most; None: all
+    kinds: Sequence[str] = KINDS, # of tasks
+    seed: int = 0, # of the draw
+) -> list[WorldPrompt]: # kind by kind
+    "What assistants are asked to be compared. Raises `InputError` for an unknown split or kind."
+    asked: list[WorldPrompt] = []
+    for kind in kinds:
+        found = world.prompts(split, [kind])
+        asked += found if n is None or n >= len(found) else world.prompts(split, [kind], n, seed)
+    return asked
+
+
 def assess_assistant(
     model: CausalLM, # an assistant
     tokenizer: "BaseTokenizer | ChatFormat", # the one it was trained with
@@ -601,10 +625,7 @@ def assess_assistant(
     seed: int = 0, # of the draw
 ) -> Assessment:
     "Ask and judge. Raises `InputError` for an unknown split or kind."
-    asked: list[WorldPrompt] = []
-    for kind in kinds:
-        found = world.prompts(split, [kind])
-        asked += found if n is None or n >= len(found) else world.prompts(split, [kind], n, seed)
+    asked = requests_of_each_kind(world, split, n, kinds, seed)
     given = answers(model, tokenizer, [p.text for p in asked], max_new_tokens=32)
     return Assessment(tuple(asked), tuple(given), tuple(map(world.judge, asked, given)))
 
