@@ -20,7 +20,7 @@ test: $(DEV) ## Every check: notebooks, style, types, tests
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
 	ruff check .
 	mypy
-	pytest
+	OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadfile
 
 bench: $(DEV) ## Speed beside the programs that people use instead (some minutes, on a quiet machine)
 	mmie bench tokenizer

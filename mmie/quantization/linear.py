@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['row_params', 'quantize_rows', 'dequantize_rows', 'Int8Support', 'int8_support', 'choose_int8_backend', 'int8_linear',
-           'Int8Linear', 'Int8Embedding']
+           'frozen', 'QuantizedLinear', 'Int8Linear', 'Int8Embedding']
 
 # %% ../../nbs/81_quantization.linear.ipynb #34ca0462
 import functools
@@ -12,6 +12,7 @@ import platform
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -162,14 +163,92 @@ def int8_linear(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 # %% ../../nbs/81_quantization.linear.ipynb #649743a2
-def _frozen(
+def frozen(
     values: Tensor, # kept as they are; a parameter stays the same parameter
 ) -> nn.Parameter:
+    "A parameter that wants no gradient."
     return values if isinstance(values, nn.Parameter) else nn.Parameter(values, requires_grad=False)
 
-# %% ../../nbs/81_quantization.linear.ipynb #1ca549de
-class Int8Linear(nn.Module):
-    "A linear layer with eight bits a weight and one scale for each output. The weights are frozen; gradients reach the input and the bias."
+# %% ../../nbs/81_quantization.linear.ipynb #c0c99a97
+class QuantizedLinear(nn.Module):
+    "A linear layer in fewer bits. A format says how to multiply; the rest is here. Frozen, but gradients reach the input and the bias."
+    KINDS: ClassVar[dict[str, type["QuantizedLinear"]]] = {} # every format, by its name in files
+    kind: ClassVar[str] # this format's
+    weight: nn.Parameter # packed, in the format's own way
+    bias: nn.Parameter | None
+    input_scale: nn.Parameter | None
+
+    def __init_subclass__(cls) -> None:
+        QuantizedLinear.KINDS[cls.kind] = cls
+
+    def __init__(
+        self,
+        bias: Tensor | None = None, # (out_features,), copied
+        input_scale: Tensor | None = None, # (in_features,): the input is multiplied by this first
+    ) -> None:
+        super().__init__()
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad))
+        self.register_parameter("input_scale", None if input_scale is None else frozen(input_scale))
+
+    def product(
+        self,
+        x: Tensor, # (rows, in_features), scaled if it has to be
+    ) -> Tensor: # (rows, out_features), the dtype of x
+        "Multiply by what is packed."
+        raise NotImplementedError
+
+    def packed_dense(
+        self,
+        dtype: torch.dtype = torch.float32, # of the result
+    ) -> Tensor: # (out_features, in_features)
+        "The real matrix that is packed, which sees the scaled input."
+        raise NotImplementedError
+
+    def record(self) -> dict[str, object]: # for JSON
+        "What `empty` needs to make a layer like this one."
+        raise NotImplementedError
+
+    @classmethod
+    def empty(
+        cls,
+        record: Mapping[str, object], # from `record`
+    ) -> "QuantizedLinear":
+        "A layer of the right shapes without its values; bias and input scale are the caller's."
+        raise NotImplementedError
+
+    def dense(
+        self,
+        dtype: torch.dtype = torch.float32, # of the result
+    ) -> Tensor: # (out_features, in_features)
+        "The real matrix that the layer multiplies its input with."
+        packed = self.packed_dense(dtype)
+        return packed if self.input_scale is None else packed * self.input_scale.to(packed)
+
+    def forward(
+        self,
+        x: Tensor, # (..., in_features)
+    ) -> Tensor: # (..., out_features), the dtype of x, or autocast's
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
+        rows = x.reshape(-1, x.shape[-1])
+        y = self.product(rows if self.input_scale is None else rows * self.input_scale.to(x.dtype))
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:  # type: ignore[no-untyped-def]
+        given = state_dict.get(f"{prefix}weight")
+        if given is not None and given.dtype != self.weight.dtype:
+            errors.append(f"{prefix}weight is {given.dtype} but the layer is {self.weight.dtype}: load before quantizing")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+# %% ../../nbs/81_quantization.linear.ipynb #6439a216
+class Int8Linear(QuantizedLinear):
+    "A linear layer with eight bits a weight and one scale for each output."
+    kind = "int8_weight"
+
     def __init__(
         self,
         weight: Tensor, # (out_features, in_features) int8, not copied
@@ -177,12 +256,12 @@ class Int8Linear(nn.Module):
         bias: Tensor | None = None, # (out_features,), copied
         *,
         backend: str = "auto", # as for `int8_linear`
+        input_scale: Tensor | None = None, # (in_features,), see `QuantizedLinear`
     ) -> None:
-        super().__init__()
+        super().__init__(bias, input_scale)
         self.backend = backend
-        self.weight = _frozen(weight)
-        self.scale = _frozen(scale)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        self.weight = frozen(weight)
+        self.scale = frozen(scale)
 
     @classmethod
     def from_linear(
@@ -194,18 +273,19 @@ class Int8Linear(nn.Module):
         "Quantize a linear layer. Raises `InputError` for NaN or infinite weights."
         return cls(*quantize_rows(linear.weight.detach()), linear.bias, backend=backend)
 
-    def forward(
-        self,
-        x: Tensor, # (..., in_features)
-    ) -> Tensor: # (..., out_features)
-        return int8_linear(x, self.weight, self.scale, self.bias, backend=self.backend)
+    def product(self, x: Tensor) -> Tensor: # (rows, in_features) → (rows, out_features)
+        return int8_linear(x, self.weight, self.scale, backend=self.backend)
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:  # type: ignore[no-untyped-def]
-        given = state_dict.get(f"{prefix}weight")
-        if given is not None and given.dtype != torch.int8:
-            errors.append(f"{prefix}weight is {given.dtype} but the layer is int8: load before quantizing")
-            return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+    def packed_dense(self, dtype: torch.dtype = torch.float32) -> Tensor: # (out_features, in_features)
+        return dequantize_rows(self.weight, self.scale, dtype)
+
+    def record(self) -> dict[str, object]: # for JSON
+        return {"shape": list(self.weight.shape), "backend": self.backend}
+
+    @classmethod
+    def empty(cls, record: Mapping[str, Any]) -> "Int8Linear":
+        outputs, inputs = record["shape"]
+        return cls(torch.zeros(outputs, inputs, dtype=torch.int8), torch.ones(outputs, dtype=torch.bfloat16), backend=record["backend"])
 
     def extra_repr(self) -> str:
         outputs, inputs = self.weight.shape
@@ -223,7 +303,7 @@ class Int8Embedding(nn.Module):
         dtype: torch.dtype = torch.float32, # of the vectors that come out
     ) -> None:
         super().__init__()
-        self.rows, self.scale = _frozen(rows), _frozen(scale)
+        self.rows, self.scale = frozen(rows), frozen(scale)
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=rows.device), persistent=False)
 
     @classmethod
