@@ -5,20 +5,29 @@
 # %% auto #0
 __all__ = ['PER_TENSOR', 'PER_ROW', 'int_range', 'Granularity', 'to_blocks', 'from_blocks', 'QuantParams', 'params_from_range',
            'choose_params', 'quantize_affine', 'dequantize_affine', 'fake_quantize', 'number_line', 'QuantError',
-           'quantization_error', 'error_histogram', 'bits_per_value']
+           'quantization_error', 'error_histogram', 'bits_per_value', 'normal_levels', 'NumberFormat', 'format_places',
+           'store_as', 'format_snr', 'format_plane', 'format_figure', 'FormatExplorer', 'explore_formats']
 
 # %% ../../nbs/80_quantization.affine.ipynb #7719a2e2
+import functools
+import importlib
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from ..core import InputError
-from ..figures import PALETTE, figure
+from ..core import InputError, Settings, did_you_mean
+from ..figures import PALETTE, figure, figure_html
 
 # %% ../../nbs/80_quantization.affine.ipynb #6e032a52
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from matplotlib.figure import Figure
 
 # %% ../../nbs/80_quantization.affine.ipynb #0bb1c22c
@@ -244,3 +253,205 @@ def bits_per_value(
     "What one value really costs, in bits, on a symmetric grid."
     table = to_blocks(torch.empty(shape, device="meta"), granularity)
     return bits + scale_bits * table.shape[0] / table.numel()
+
+# %% ../../nbs/80_quantization.affine.ipynb #986b7a0e
+def normal_levels(
+    bits: int, # 2 to 8
+) -> Tensor: # (2**bits,) float64, ascending from −1 to 1, with 0 among them
+    "Places between −1 and 1 that a bell curve uses equally often (NormalFloat, Dettmers et al. 2023). Raises `InputError` outside 2 to 8 bits."
+    half = 1 + int_range(bits)[1]
+    outermost = 1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2
+    steps = [torch.linspace(0.5, outermost, n + 1, dtype=torch.float64) for n in (half - 1, half)]
+    below, above = (torch.special.ndtri(p) for p in steps)
+    return torch.cat((-below[1:].flip(0), above)) / above[-1]
+
+# %% ../../nbs/80_quantization.affine.ipynb #61098a07
+class NumberFormat(Settings):
+    "How to store real numbers in a few bits."
+    grid: Literal["symmetric", "asymmetric", "normal"] = "symmetric"
+    "Even steps around zero, even steps over the range, or the quantiles of a bell curve."
+    bits: int = Field(4, ge=2, le=8)
+    "Of each value."
+    scales: Literal["tensor", "row"] | PositiveInt = "row"
+    "Who shares a scale: all values, those of a row, or this many neighbors."
+    clip: float = Field(1.0, gt=0, le=1)
+    "The share of the range to cover; what lies outside is cut off."
+
+    @property
+    def granularity(self) -> Granularity:
+        "The same, as the functions above want it."
+        return {"tensor": PER_TENSOR, "row": PER_ROW}.get(str(self.scales)) or Granularity(group=int(self.scales))
+
+    def cost(
+        self,
+        shape: torch.Size | tuple[int, ...], # of a tensor
+    ) -> float: # bits
+        "What a value takes: its own bits, and its share of scales (16 bits) and zero points (as wide as a value)."
+        return bits_per_value(shape, self.bits, self.granularity, 16 + self.bits * (self.grid == "asymmetric"))
+
+# %% ../../nbs/80_quantization.affine.ipynb #32de0091
+def format_places(
+    x: Tensor, # the values, floating point
+    fmt: NumberFormat, # how to store them
+) -> Tensor: # (blocks, places) ascending
+    "All the numbers that each block could hold."
+    p = choose_params(x, bits=fmt.bits, symmetric=fmt.grid != "asymmetric", granularity=fmt.granularity, clip=fmt.clip)
+    if fmt.grid == "normal":
+        return p.scale * p.int_range[1] * normal_levels(fmt.bits).to(p.scale.dtype)
+    low, high = p.int_range
+    return (torch.arange(low, high + 1) - p.zero_point) * p.scale
+
+def store_as(
+    x: Tensor, # the values, floating point
+    fmt: NumberFormat, # how to store them
+) -> Tensor: # the same shape: what would be read back
+    "Move every value to the nearest place of its block."
+    places = format_places(x, fmt)
+    nearest = torch.searchsorted((places[:, 1:] + places[:, :-1]) / 2, to_blocks(x, fmt.granularity).contiguous())
+    return from_blocks(places.gather(1, nearest), x.shape, fmt.granularity)
+
+# %% ../../nbs/80_quantization.affine.ipynb #c4918632
+_GRIDS: tuple[Literal["symmetric", "asymmetric", "normal"], ...] = ("symmetric", "asymmetric", "normal")
+
+def format_snr(
+    x: Tensor, # the values
+    fmt: NumberFormat, # how to store them
+) -> float: # decibels; infinite if nothing is lost
+    "Signal to noise after storing."
+    noise = float((store_as(x, fmt) - x).double().square().mean())
+    return 10 * math.log10(float(x.double().square().mean()) / noise) if noise else math.inf
+
+def format_plane(
+    x: Tensor, # (rows, columns)
+) -> list[tuple[float, float]]: # bits for each value and decibels, of every format
+    "What any other choice of bits, grid and scales would give, without clipping."
+    scales: list[str | int] = ["tensor", "row", *(g for g in (128, 32) if x.shape[-1] % g == 0)]
+    formats = [NumberFormat(grid=grid, bits=bits, scales=s) for grid, bits, s in itertools.product(_GRIDS, range(2, 9), scales)]
+    return [(fmt.cost(x.shape), format_snr(x, fmt)) for fmt in formats]
+
+# %% ../../nbs/80_quantization.affine.ipynb #b5c02e2f
+def format_figure(
+    x: Tensor, # (rows, columns)
+    fmt: NumberFormat, # how to store them
+    plane: Sequence[tuple[float, float]] = (), # other formats: bits and decibels
+) -> "Figure":
+    "Places and their use in the first block, the errors of all values, and the format among others."
+    places, values = format_places(x, fmt)[0], to_blocks(x, fmt.granularity)[0]
+    used = to_blocks(store_as(x, fmt), fmt.granularity)[0].unique()
+    spread, bits, snr = float(x.std()), fmt.cost(x.shape), format_snr(x, fmt)
+    fig, (left, middle, right) = figure(3, width=9, height=2.9, width_ratios=[1.5, 1, 1])
+    left.hist(values.numpy(), bins=60, histtype="stepfilled", color=PALETTE[0], alpha=0.6)
+    left.vlines(places, -0.14, -0.02, transform=left.get_xaxis_transform(), color=PALETTE[1], linewidth=0.7, clip_on=False)
+    left.set(xlabel="value, and the places below", ylabel="values", title=f"{len(used)} of {len(places)} places in use")
+    left.tick_params(axis="x", pad=16)
+    error = (store_as(x, fmt) - x).flatten().clamp(-spread, spread)
+    middle.hist((error / spread).numpy(), bins=81, range=(-1, 1), histtype="stepfilled", color=PALETTE[0], density=True)
+    middle.set(xlabel="error, in standard deviations", ylabel="density", title=f"{snr:.1f} dB")
+    right.plot(*zip(*plane, strict=True) if plane else ((), ()), ".", color="gray", markersize=4, linestyle="none", label="other formats")
+    right.plot(bits, snr, "o", color=PALETTE[1], markersize=9, label="this one", linestyle="none")
+    right.set(xlabel="bits for each value", ylabel="signal to noise (dB)", title=f"{bits:.2f} bits")
+    right.legend(loc="lower right")
+    return fig
+
+# %% ../../nbs/80_quantization.affine.ipynb #22be92b9
+class _Shown(Protocol):
+    "A widget, as far as it matters here."
+    def _repr_mimebundle_(self) -> dict[str, object] | None:
+        "How the browser finds it."
+
+class _Control(Protocol):
+    "A widget that holds a value."
+    value: object
+    def observe(self, handler: Callable[[Mapping[str, object]], None], names: str) -> None:
+        "Whom to call when it changes."
+
+# %% ../../nbs/80_quantization.affine.ipynb #aa695c1b
+class FormatExplorer:
+    "Some tensors and a number format; a notebook shows it as a widget or as a picture."
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor], # name → (rows, columns), floating point
+    ) -> None:
+        if not tensors or any(x.ndim != 2 for x in tensors.values()):
+            raise InputError("nothing to look at", where="tensors", fix="give at least one matrix, with rows and columns")
+        self.tensors = {name: x.detach().float().cpu() for name, x in tensors.items()}
+        self.planes = {name: format_plane(x) for name, x in self.tensors.items()}
+        self.listeners: list[Callable[[], None]] = [] # called after each change
+        self.panel: _Shown | None = None # the widget, if there is one
+        self.tensor, self.format = next(iter(tensors)), NumberFormat()
+
+    @property
+    def knobs(self) -> dict[str, object]:
+        "What can be turned, as it stands."
+        return {"tensor": self.tensor, **dict(self.format)}
+
+    def turn(
+        self,
+        **knobs: object, # `tensor`, the name of another one, or settings of `NumberFormat`
+    ) -> None:
+        "Look at something else. Raises `InputError`, and changes nothing, if that can't be."
+        settings = self.knobs | knobs
+        name = str(settings.pop("tensor"))
+        if name not in self.tensors:
+            raise InputError(f"there is no tensor {name!r}", fix=did_you_mean(name, self.tensors))
+        fmt = NumberFormat(**settings)
+        fmt.cost(self.tensors[name].shape)
+        self.tensor, self.format = name, fmt
+        for listener in self.listeners:
+            listener()
+
+    def html(self) -> str: # self-contained, without any script
+        "The static face."
+        fmt = self.format
+        alt = f"{self.tensor}: {fmt.bits} bits, {fmt.grid} grid, a scale for each {fmt.scales}: places, errors, and other formats"
+        return figure_html(format_figure(self.tensors[self.tensor], fmt, self.planes[self.tensor]), alt)
+
+    def _repr_mimebundle_(self, **kwargs: object) -> dict[str, object]:
+        return {**((self.panel and self.panel._repr_mimebundle_()) or {}), "text/plain": repr(self), "text/html": self.html()}
+
+    def __repr__(self) -> str:
+        return f"FormatExplorer({self.tensor!r}, {self.format!r})"
+
+# %% ../../nbs/80_quantization.affine.ipynb #08f36eaf
+def _controls(
+    w: "ModuleType", # ipywidgets
+    explorer: FormatExplorer, # whose knobs they are
+) -> "dict[str, _Control]": # knob → what turns it
+    "A control for each knob."
+    groups = [g for g in (256, 128, 64, 32, 16, 8) if all(x.shape[1] % g == 0 for x in explorer.tensors.values())]
+    look = {"continuous_update": False, "style": {"description_width": "7em"}, "layout": w.Layout(width="auto")}
+    plain = {name: value for name, value in look.items() if name != "continuous_update"}
+    return {
+        "tensor": w.Dropdown(options=list(explorer.tensors), description="Values", **plain),
+        "grid": w.Dropdown(options=list(_GRIDS), description="Grid", **plain),
+        "bits": w.IntSlider(4, min=2, max=8, description="Bits", **look),
+        "scales": w.Dropdown(options=["tensor", "row", *groups], value="row", description="A scale for", **plain),
+        "clip": w.FloatSlider(1.0, min=0.1, max=1.0, step=0.05, description="Range covered", **look),
+    }
+
+# %% ../../nbs/80_quantization.affine.ipynb #ce94bd2a
+def explore_formats(
+    tensors: Mapping[str, Tensor], # name → (rows, columns), floating point; for example a model's weights
+) -> FormatExplorer: # the last thing in a cell shows itself
+    "Turn the knobs of number formats in a notebook. Raises `InputError` without ipywidgets."
+    try:
+        w = importlib.import_module("ipywidgets")
+    except ImportError as error:
+        raise InputError("the live explorer needs ipywidgets", fix="pip install 'mmie[lab]', or use FormatExplorer") from error
+    explorer = FormatExplorer(tensors)
+    controls, view = _controls(w, explorer), w.HTML(explorer.html())
+
+    def show() -> None:
+        for name, control in controls.items():
+            control.value = explorer.knobs[name]
+        view.value = explorer.html()
+
+    def moved(name: str, change: Mapping[str, object]) -> None:
+        if change["new"] != explorer.knobs[name]: # else it is the echo of our own hand
+            explorer.turn(**{name: change["new"]})
+
+    explorer.listeners.append(show)
+    for name, control in controls.items():
+        control.observe(functools.partial(moved, name), "value")
+    explorer.panel = w.VBox([*controls.values(), view])
+    return explorer
