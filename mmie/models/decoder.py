@@ -574,7 +574,10 @@ def is_plain(
         return False
     config, kinds = model.config, (DecoderLM, nn.ModuleList, nn.Embedding, nn.Linear, RMSNorm, Block, Attention, RotaryEmbedding, MLP)
     usual = all(getattr(config, name) == field.default for name, field in type(config).model_fields.items() if name not in _FREE)
-    return usual and all(type(part) in kinds and not part._forward_hooks and not part._forward_pre_hooks for part in model.modules())
+    return usual and all(_kind(part) in kinds and not part._forward_hooks and not part._forward_pre_hooks for part in model.modules())
+
+def _kind(part: nn.Module) -> object: # a class
+    return getattr(type(part), "stands_for", type(part))
 
 def _turned(weight: Tensor) -> Tensor:
     "One row per input, where that's the faster way to lie."
@@ -601,8 +604,19 @@ class _Packed:
             return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], ""))
         return cast(Tensor, torch.ops.mkldnn._linear_pointwise.binary(x, plus, self.weight, None, "add"))
 
-# %% ../../nbs/32_models.decoder.ipynb #3fbd2c24
-_Product: TypeAlias = _Laid | _Packed
+# %% ../../nbs/32_models.decoder.ipynb #13cf5a63
+class _Called:
+    "A layer that multiplies in its own way."
+    def __init__(self, layer: nn.Module) -> None: # without a bias
+        self.layer = layer
+
+    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor: # x: (rows, inputs); plus: (rows, outputs), added
+        "The product."
+        y = cast(Tensor, self.layer(x))
+        return y if plus is None else y.add_(plus)
+
+# %% ../../nbs/32_models.decoder.ipynb #4cb1610b
+_Product: TypeAlias = _Laid | _Packed | _Called
 
 def _can_pack() -> bool:
     "Whether this PyTorch and this processor multiply packed bfloat16."
@@ -612,6 +626,17 @@ def _can_pack() -> bool:
 def _copied(weight: Tensor) -> _Product: # weight: (outputs, inputs)
     "The fastest to multiply by a few rows."
     return _Packed(weight) if weight.dtype is torch.bfloat16 and _can_pack() else _Laid(_turned(weight))
+
+def _product(
+    layers: Sequence[nn.Module], # linear layers without biases, with the same input: one, or several plain ones
+    copies: bool, # whether to rearrange for speed
+) -> _Product:
+    "How to multiply by a layer's matrix, or by several below each other."
+    if not isinstance(layers[0], nn.Linear):
+        return _Called(layers[0])
+    matrices = [cast(nn.Linear, layer).weight for layer in layers]
+    weight = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+    return _copied(weight) if copies else _Laid(weight.t())
 
 # %% ../../nbs/32_models.decoder.ipynb #d6f93025
 @dataclass(frozen=True, slots=True)
@@ -628,10 +653,11 @@ def _weights(
 ) -> _Weights:
     "Its matrices, as they are or as copies."
     attention, mlp = cast(Attention, block.attention), cast(MLP, block.mlp)
-    inner = [part.weight for part in (mlp.gate_proj, mlp.up_proj) if part is not None]
-    lay: Callable[[Tensor], _Product] = _copied if copies else lambda weight: _Laid(weight.t())
-    inner = [torch.cat(inner)] if copies else inner
-    return _Weights(lay(attention.qkv_proj.weight), lay(attention.o_proj.weight), tuple(map(lay, inner)), lay(mlp.down_proj.weight))
+    inner = [part for part in (mlp.gate_proj, mlp.up_proj) if part is not None]
+    together = copies and all(isinstance(part, nn.Linear) for part in inner)
+    groups = [inner] if together else [[part] for part in inner]
+    qkv, out, down = (_product([part], copies) for part in (attention.qkv_proj, attention.o_proj, mlp.down_proj))
+    return _Weights(qkv, out, tuple(_product(group, copies) for group in groups), down)
 
 # %% ../../nbs/32_models.decoder.ipynb #f716a41d
 class OneToken:
@@ -642,6 +668,7 @@ class OneToken:
         layers: Sequence[LayerCache], # of its blocks
     ) -> None:
         self.model, self.layers, self.calls, self.gain = model, layers, 0, cast(RMSNorm, model.norm).weight
+        self.head: _Product
         self.eps = torch.full((1, 1, 1), model.config.norm_eps, dtype=torch.promote_types(self.gain.dtype, torch.float32))
         self.take(copies=False)
 
@@ -650,9 +677,11 @@ class OneToken:
         copies: bool, # whether to rearrange for speed
     ) -> None:
         "Collect the weights."
-        head = self.model.embedding.weight if self.model.head is None else self.model.head.weight
         self.weights = [_weights(cast(Block, block), copies) for block in self.model.blocks]
-        self.head = _copied(head) if copies else _Laid(head.t())
+        if self.model.head is None:
+            self.head = _copied(self.model.embedding.weight) if copies else _Laid(self.model.embedding.weight.t())
+        else:
+            self.head = _product([self.model.head], copies)
 
     def __call__(
         self,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from ..core import InputError, Settings, did_you_mean
@@ -258,7 +258,7 @@ def bits_per_value(
 def normal_levels(
     bits: int, # 2 to 8
 ) -> Tensor: # (2**bits,) float64, ascending from −1 to 1, with 0 among them
-    "Places between −1 and 1 that a bell curve uses equally often (NormalFloat, Dettmers et al. 2023). Raises `InputError` outside 2 to 8 bits."
+    "Places that a bell curve uses about equally often (NormalFloat, Dettmers et al. 2023). Raises `InputError` outside 2 to 8 bits."
     half = 1 + int_range(bits)[1]
     outermost = 1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2
     steps = [torch.linspace(0.5, outermost, n + 1, dtype=torch.float64) for n in (half - 1, half)]
@@ -272,10 +272,20 @@ class NumberFormat(Settings):
     "Even steps around zero, even steps over the range, or the quantiles of a bell curve."
     bits: int = Field(4, ge=2, le=8)
     "Of each value."
-    scales: Literal["tensor", "row"] | PositiveInt = "row"
+    scales: Literal["tensor", "row"] | int = "row"
     "Who shares a scale: all values, those of a row, or this many neighbors."
     clip: float = Field(1.0, gt=0, le=1)
     "The share of the range to cover; what lies outside is cut off."
+
+    @field_validator("scales", mode="before")
+    @classmethod
+    def _shared(
+        cls,
+        scales: object, # as it was given
+    ) -> object: # unchanged
+        if scales in ("tensor", "row") or (isinstance(scales, int) and scales > 0):
+            return scales
+        raise ValueError("should be 'tensor', 'row', or how many neighbors share one")
 
     @property
     def granularity(self) -> Granularity:
@@ -325,7 +335,7 @@ def format_plane(
     x: Tensor, # (rows, columns)
 ) -> list[tuple[float, float]]: # bits for each value and decibels, of every format
     "What any other choice of bits, grid and scales would give, without clipping."
-    scales: list[str | int] = ["tensor", "row", *(g for g in (128, 32) if x.shape[-1] % g == 0)]
+    scales: list[Literal["row"] | int] = ["row", *(g for g in (32,) if x.shape[-1] % g == 0)]
     formats = [NumberFormat(grid=grid, bits=bits, scales=s) for grid, bits, s in itertools.product(_GRIDS, range(2, 9), scales)]
     return [(fmt.cost(x.shape), format_snr(x, fmt)) for fmt in formats]
 
@@ -342,15 +352,14 @@ def format_figure(
     fig, (left, middle, right) = figure(3, width=9, height=2.9, width_ratios=[1.5, 1, 1])
     left.hist(values.numpy(), bins=60, histtype="stepfilled", color=PALETTE[0], alpha=0.6)
     left.vlines(places, -0.14, -0.02, transform=left.get_xaxis_transform(), color=PALETTE[1], linewidth=0.7, clip_on=False)
-    left.set(xlabel="value, and the places below", ylabel="values", title=f"{len(used)} of {len(places)} places in use")
+    left.set(xlabel="value, and the places below", ylabel="how many values", yticks=[], title=f"{len(used)} of {len(places)} places in use")
     left.tick_params(axis="x", pad=16)
     error = (store_as(x, fmt) - x).flatten().clamp(-spread, spread)
-    middle.hist((error / spread).numpy(), bins=81, range=(-1, 1), histtype="stepfilled", color=PALETTE[0], density=True)
-    middle.set(xlabel="error, in standard deviations", ylabel="density", title=f"{snr:.1f} dB")
-    right.plot(*zip(*plane, strict=True) if plane else ((), ()), ".", color="gray", markersize=4, linestyle="none", label="other formats")
-    right.plot(bits, snr, "o", color=PALETTE[1], markersize=9, label="this one", linestyle="none")
-    right.set(xlabel="bits for each value", ylabel="signal to noise (dB)", title=f"{bits:.2f} bits")
-    right.legend(loc="lower right")
+    middle.hist((error / spread).numpy(), bins=81, range=(-1, 1), histtype="stepfilled", color=PALETTE[0])
+    middle.set(xlabel="error, in standard deviations", ylabel="how many", yticks=[], title=f"{snr:.1f} dB")
+    right.plot([b for b, _ in plane], [decibels for _, decibels in plane], ".", color="gray", markersize=4, linestyle="none")
+    right.plot(bits, snr, "o", color=PALETTE[1], markersize=9)
+    right.set(xlabel="bits, others in gray", ylabel="signal to noise (dB)", title=f"{bits:.2f} bits")
     return fig
 
 # %% ../../nbs/80_quantization.affine.ipynb #22be92b9
@@ -373,7 +382,7 @@ class FormatExplorer:
         tensors: Mapping[str, Tensor], # name → (rows, columns), floating point
     ) -> None:
         if not tensors or any(x.ndim != 2 for x in tensors.values()):
-            raise InputError("nothing to look at", where="tensors", fix="give at least one matrix, with rows and columns")
+            raise InputError("nothing to look at", where="tensors", fix="give matrices, with rows and columns")
         self.tensors = {name: x.detach().float().cpu() for name, x in tensors.items()}
         self.planes = {name: format_plane(x) for name, x in self.tensors.items()}
         self.listeners: list[Callable[[], None]] = [] # called after each change

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['row_errors', 'HessianWatcher', 'InputSample', 'smooth_scale', 'awq_scale', 'weight_grid', 'outlier_figure',
-           'rescale_hessian', 'clipped_grid', 'inverse_factor', 'gptq']
+           'rescale_hessian', 'clipped_grid', 'inverse_factor', 'gptq', 'column_prices', 'column_figure']
 
 # %% ../../nbs/84_quantization.calibrated.ipynb #9b759226
 import functools
@@ -17,6 +17,7 @@ from torch import Tensor
 from ..core import InputError
 from ..figures import PALETTE, figure
 from .affine import PER_ROW, Granularity, QuantParams, choose_params, dequantize_affine, from_blocks, quantize_affine, to_blocks
+from .packed import storable_params
 
 # %% ../../nbs/84_quantization.calibrated.ipynb #5efdf49c
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def smooth_scale(
 
 def _check_columns(values: Tensor, weight: Tensor) -> None:
     if weight.ndim != 2 or values.shape != weight.shape[1:]:
-        raise InputError(f"channels of shape {tuple(values.shape)} and a weight of shape {tuple(weight.shape)}", fix="one value for each column")
+        raise InputError(f"{tuple(values.shape)} channels for a weight of shape {tuple(weight.shape)}", fix="one value for each column")
     if not (values.isfinite().all() and weight.isfinite().all()):
         raise InputError("NaN or infinity among inputs or weights", fix="find out where they come from")
 
@@ -173,10 +174,12 @@ def weight_grid(
     group: int | None = None, # neighbors that share a scale (None: the whole row)
     symmetric: bool = True, # center the grid on zero
     clip: float = 1.0, # cover only this share of the range
-) -> QuantParams: # scales exactly representable in bfloat16
+) -> QuantParams: # scales that bfloat16 holds exactly
     "The grid that layers round to, from the smallest to the largest weight. Raises `InputError` where groups don't fit, and for NaN."
     granularity = PER_ROW if group is None else Granularity(group=group)
     exact = choose_params(weight, bits=bits, symmetric=symmetric, granularity=granularity, clip=clip)
+    if bits == 4:
+        return storable_params(exact)
     return QuantParams(exact.scale.bfloat16().to(exact.scale.dtype), exact.zero_point, bits, symmetric, granularity)
 
 # %% ../../nbs/84_quantization.calibrated.ipynb #a2a93a3a
@@ -231,7 +234,8 @@ def clipped_grid(
 
 def _check_problem(weight: Tensor, hessian: Tensor) -> None:
     if weight.ndim != 2 or hessian.shape != (weight.shape[1], weight.shape[1]):
-        raise InputError(f"a weight of shape {tuple(weight.shape)} and a Hessian of shape {tuple(hessian.shape)}", fix="(out, in) and (in, in)")
+        shapes = f"a weight of shape {tuple(weight.shape)}, a Hessian of shape {tuple(hessian.shape)}"
+        raise InputError(shapes, fix="(out, in) and (in, in) are needed")
     if not (weight.isfinite().all() and hessian.isfinite().all()):
         raise InputError("NaN or infinity in the weight or the Hessian", fix="find out where they come from")
 
@@ -243,7 +247,7 @@ def inverse_factor(
     "Everything GPTQ needs to know about the inputs. Raises `InputError` where some input is exactly predictable and damping is too small."
     if damp < 0:
         raise InputError(f"damp = {damp}", fix="0 or more; 0.01 is usual")
-    h = _double(hessian)
+    h = (_double(hessian) + _double(hessian).T) / 2 # a sum in float32 isn't quite symmetric, and Cholesky looks at one half
     eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
     mean = h.diagonal().mean()
     flipped, failed = torch.linalg.cholesky_ex((h + damp * mean * eye if mean > 0 else eye).flip(0, 1))
@@ -360,3 +364,31 @@ def gptq(
     back = order.argsort()
     codes, scale, zero = _keep_better(real, h, (codes[back].T, scale[back].T, zero[back].T), rounded)
     return codes.to(weight.device, torch.int8), _as_params(scale, zero, nearest)
+
+# %% ../../nbs/84_quantization.calibrated.ipynb #fd8c08a8
+def column_prices(
+    hessian: Tensor, # (in, in)
+    *,
+    act_order: bool = False, # important columns first
+    damp: float = 0.01, # see `inverse_factor`
+) -> tuple[Tensor, Tensor]: # (in,) each, in the order of rounding: without and with repair
+    "What a squared error of 1 in each column costs, if nothing makes up for it and if all later columns do."
+    h = _double(hessian)
+    order = h.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(h), device=h.device)
+    return h.diagonal()[order], inverse_factor(h[order][:, order], damp).diagonal() ** -2
+
+# %% ../../nbs/84_quantization.calibrated.ipynb #27afec38
+def column_figure(
+    hessian: Tensor, # (in, in)
+) -> "Figure":
+    "What each column costs with and without repair, in their own order and sorted by importance."
+    fig, axes = figure(ncols=2, height=3.0, sharey=True)
+    for ax, act_order in zip(axes, (False, True), strict=True):
+        alone, repaired = (prices.cpu() for prices in column_prices(hessian, act_order=act_order))
+        ax.semilogy(alone, linestyle="none", marker=".", markersize=4, color=PALETTE[1], label="without repair")
+        ax.semilogy(repaired, linestyle="-", linewidth=1.2, color=PALETTE[0], label="with repair")
+        title = "important columns first" if act_order else "columns as they come"
+        ax.set(xlabel="column, in the order of rounding", title=f"{title}: {repaired.sum() / alone.sum():.0%} remains")
+    axes[0].set(ylabel="price of a squared error of 1")
+    axes[0].legend(loc="lower left")
+    return fig

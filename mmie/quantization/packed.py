@@ -8,11 +8,11 @@ __all__ = ['NF4_LEVELS', 'pack_nibbles', 'unpack_nibbles', 'storable_params', 'i
 
 # %% ../../nbs/82_quantization.packed.ipynb #57fcdd7c
 import functools
-import math
+import itertools
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -225,7 +225,7 @@ def _pack_codes(
 ) -> tuple[Tensor, Tensor]: # packed (outputs, inputs / 2), and grids (groups, outputs, 2)
     "What a layer stores. Raises `InputError` for grids that it couldn't, and for odd widths."
     if codes.ndim != 2 or codes.dtype != torch.int8 or params.granularity.group is None:
-        raise InputError(f"{codes.dtype} codes of shape {tuple(codes.shape)}", fix="int8 rows and columns, on a grid for each group, are needed")
+        raise InputError(f"{codes.dtype} codes of shape {tuple(codes.shape)}", fix="int8 rows and columns, a grid for each group")
     if len(to_blocks(codes, params.granularity)) != len(params.scale):
         raise InputError(f"{len(params.scale)} grids for {tuple(codes.shape)} codes", fix="quantize this weight with these grids")
     if not params.scale.equal(storable_params(params).scale):
@@ -234,7 +234,7 @@ def _pack_codes(
 
 # %% ../../nbs/82_quantization.packed.ipynb #8fd5a46c
 def _save_simple(
-    layer: nn.Module, # an `Int4Linear`
+    layer: Any, # an `Int4Linear`
     state: dict[str, Tensor], # just made
     prefix: str, # of this layer's names
     _: object, # metadata
@@ -244,7 +244,7 @@ def _save_simple(
         state[f"{prefix}weight"] = _from_kernel(state[f"{prefix}weight"].detach(), layer.block)
 
 def _load_simple(
-    layer: nn.Module, # an `Int4Linear`
+    layer: Any, # an `Int4Linear`
     state: dict[str, Tensor], # about to be loaded; this copy is ours
     prefix: str, # of this layer's names
     *_: object, # metadata, and lists of what went wrong
@@ -327,11 +327,13 @@ class Int4Linear(QuantizedLinear):
 
 # %% ../../nbs/82_quantization.packed.ipynb #871782c8
 NF4_LEVELS = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ) # from the QLoRA paper (2023), appendix E
 
-_NF4_EDGES = tuple((a + b) / 2 for a, b in zip(NF4_LEVELS, NF4_LEVELS[1:])) # halfway between two levels
+_NF4_EDGES = tuple((a + b) / 2 for a, b in itertools.pairwise(NF4_LEVELS)) # halfway between two levels
 
 # %% ../../nbs/82_quantization.packed.ipynb #66e82637
 _CHUNK = 256 # scales that share a scale of their own
@@ -368,6 +370,16 @@ def _dequantize_nf4(
     values = look_up(packed, torch.tensor(NF4_LEVELS, dtype=dtype, device=packed.device))
     return values.view(*scale.shape, -1).mul_(scale.to(dtype).unsqueeze(-1)).view(values.shape)
 
+def _largest(
+    weight: Tensor, # (outputs, inputs)
+    group: int, # neighbors that share a scale
+) -> Tensor: # (outputs * groups,) float32 or float64, positive
+    "The largest size in each group; groups of zeros take the smallest of the others'. Raises `InputError` as `choose_params` does."
+    step = choose_params(weight, granularity=Granularity(group=group)).scale # the checks are its
+    largest = to_blocks(weight, Granularity(group=group)).abs().amax(1).to(step.dtype).clamp(max=1e38)
+    some = largest[largest > 0]
+    return torch.where(largest > 0, largest, some.min() if len(some) else 1.0).clamp(min=2.0**-126)
+
 def _quantize_nf4(
     weight: Tensor, # (outputs, inputs)
     group: int, # neighbors that share a scale
@@ -376,10 +388,11 @@ def _quantize_nf4(
     "Codes, and the scales they were rounded for. Raises `InputError` where groups don't fit, and for NaN or infinite weights."
     if weight.ndim != 2 or weight.shape[1] % 2:
         raise InputError(f"a weight of shape {tuple(weight.shape)}", fix="rows and columns are needed, an even number of columns")
-    largest = 7 * choose_params(weight, bits=4, granularity=Granularity(group=group)).scale.flatten()
+    largest = _largest(weight, group)
     scale, grid = double_quantize(largest) if double else (largest.bfloat16(), None)
-    steps = (undouble(scale, grid) if grid is not None else scale).to(weight.dtype).unsqueeze(1)
-    codes = torch.bucketize(to_blocks(weight, Granularity(group=group)) / steps, torch.tensor(_NF4_EDGES, dtype=weight.dtype, device=weight.device))
+    steps = (scale if grid is None else undouble(scale, grid)).to(largest.dtype).unsqueeze(1)
+    relative = to_blocks(weight, Granularity(group=group)) / steps
+    codes = torch.bucketize(relative, torch.tensor(_NF4_EDGES, dtype=relative.dtype, device=weight.device))
     return pack_nibbles(codes.to(torch.uint8).view(weight.shape)), scale.view(len(weight), -1), grid
 
 # %% ../../nbs/82_quantization.packed.ipynb #eb6d07c8
