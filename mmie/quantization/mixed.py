@@ -6,7 +6,6 @@
 __all__ = ['KeyScales', 'quantize_along', 'PerToken', 'PerChannel', 'Shelf', 'Int8KVCache', 'make_int8_cache', 'Int8CacheLM']
 
 # %% ../../nbs/87_quantization.mixed.ipynb #2a5f387e
-from collections.abc import Callable
 from typing import Literal, Protocol, cast, get_args
 
 import torch
