@@ -172,6 +172,7 @@ def frozen(
 # %% ../../nbs/81_quantization.linear.ipynb #c0c99a97
 class QuantizedLinear(nn.Module):
     "A linear layer in fewer bits. A format says how to multiply; the rest is here. Frozen, but gradients reach the input and the bias."
+    stands_for = nn.Linear # models that take shortcuts around plain layers may call it like one
     KINDS: ClassVar[dict[str, type["QuantizedLinear"]]] = {} # every format, by its name in files
     kind: ClassVar[str] # this format's
     weight: nn.Parameter # packed, in the format's own way
@@ -294,6 +295,7 @@ class Int8Linear(QuantizedLinear):
 # %% ../../nbs/81_quantization.linear.ipynb #daf20554
 class Int8Embedding(nn.Module):
     "An embedding table with eight bits a number and one scale for each row. Frozen."
+    stands_for = nn.Embedding
     like: Tensor # empty: remembers the model's floating-point type through every `.to()`
 
     def __init__(
