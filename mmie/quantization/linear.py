@@ -265,6 +265,27 @@ class Int8Linear(QuantizedLinear):
         self.scale = frozen(scale)
 
     @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor, # (out_features, in_features) int8
+        params: QuantParams, # their grids, one for each row, from `row_params`
+        bias: Tensor | None = None, # (out_features,), copied
+        **options: Any, # backend and input_scale, as above
+    ) -> "Int8Linear":
+        "A layer from whole numbers that were chosen already."
+        return cls(codes, params.scale.flatten().bfloat16(), bias, **options)
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Tensor, # (out_features, in_features), floating point, not touched
+        bias: Tensor | None = None, # (out_features,), copied
+        **options: Any, # backend and input_scale, as above
+    ) -> "Int8Linear":
+        "Round to the nearest place. Raises `InputError` for NaN or infinite weights."
+        return cls(*quantize_rows(weight.detach()), bias, **options)
+
+    @classmethod
     def from_linear(
         cls,
         linear: nn.Linear, # is not touched
@@ -272,7 +293,7 @@ class Int8Linear(QuantizedLinear):
         backend: str = "auto", # as for `int8_linear`
     ) -> "Int8Linear":
         "Quantize a linear layer. Raises `InputError` for NaN or infinite weights."
-        return cls(*quantize_rows(linear.weight.detach()), linear.bias, backend=backend)
+        return cls.from_weight(linear.weight, linear.bias, backend=backend)
 
     def product(self, x: Tensor) -> Tensor: # (rows, in_features) → (rows, out_features)
         return int8_linear(x, self.weight, self.scale, backend=self.backend)
