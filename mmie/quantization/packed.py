@@ -96,17 +96,14 @@ def _grid(
     zero = params.zero_point.reshape(outputs, -1).T
     return torch.stack([step, -step * zero], -1).bfloat16().contiguous()
 
-def _dequantize4(
-    packed: Tensor, # (outputs, inputs / 2) uint8, two to a byte
+def _on_grid(
+    codes: Tensor, # (outputs, inputs), floating point, from -8 to 7; overwritten
     grid: Tensor, # (groups, outputs, 2), see `_grid`
-    dtype: torch.dtype, # of the result
-) -> Tensor: # (outputs, inputs)
-    "The matrix that codes and grids stand for: exact in float32, rounded once in bfloat16."
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    codes = look_up(packed, torch.tensor(_CODES, dtype=dtype, device=packed.device))
-    step, shift = grid.to(wide).transpose(0, 1).contiguous().unsqueeze(-1).unbind(2)
-    blocks = codes.view(len(packed), len(grid), -1)
-    return torch.addcmul(shift, step, blocks).to(dtype).reshape(codes.shape)
+) -> Tensor: # the same shape and dtype: exact in float32, rounded once in bfloat16
+    "The real numbers that codes and grids stand for."
+    step, shift = grid.double().transpose(0, 1).contiguous().unsqueeze(-1).unbind(2)
+    zero = (-shift / step).to(codes.dtype)
+    return codes.view(len(codes), len(grid), -1).sub_(zero).mul_(step.to(codes.dtype)).view(codes.shape)
 
 # %% ../../nbs/82_quantization.packed.ipynb #8450cf07
 def _to_kernel(
@@ -121,17 +118,17 @@ def _to_kernel(
     tail = codes[full:].T.flatten()
     return pack_nibbles(torch.cat([blocks, tail])).view(outputs, half)
 
-def _from_kernel(
-    packed: Tensor, # (outputs, inputs / 2) uint8, in the kernel's order
-    block: int, # rows the kernel works on at once
-) -> Tensor: # the same shape, two to a byte
-    "Undo `_to_kernel`."
-    outputs, half = packed.shape
+def _in_order(
+    values: Tensor, # (outputs, inputs), what each half of each byte stands for, in the kernel's order
+    block: int, # rows the kernel works on at once; 0: they are in order
+) -> Tensor: # (outputs, inputs)
+    "Undo `_to_kernel`, for codes or for numbers."
+    outputs, inputs = values.shape
+    if not block:
+        return values
     full = outputs - outputs % block
-    codes = unpack_nibbles(packed.flatten())
-    blocks = codes[: full * 2 * half].view(-1, 2 * half, block // 2, 2).permute(0, 3, 2, 1).reshape(full, 2 * half)
-    tail = codes[full * 2 * half :].view(2 * half, outputs - full).T
-    return pack_nibbles(torch.cat([blocks, tail]))
+    blocks = values[:full].view(-1, inputs, block // 2, 2).permute(0, 3, 2, 1).reshape(full, inputs)
+    return torch.cat([blocks, values[full:].reshape(inputs, -1).T]) if full < outputs else blocks
 
 # %% ../../nbs/82_quantization.packed.ipynb #f0d290e8
 @dataclass(frozen=True, slots=True)
@@ -164,7 +161,7 @@ def _kernel_block() -> int: # 64, 32, or 0
         y = _kernel4(x, theirs, grid) if block else x
     except (AttributeError, NotImplementedError, RuntimeError):
         return 0
-    right = block and torch.allclose(y, F.linear(x.bfloat16().float(), _dequantize4(packed, grid, torch.float32)), rtol=1e-2, atol=1e-2)
+    right = block and torch.allclose(y, F.linear(x.bfloat16().float(), _on_grid(codes.float() - 8, grid)), rtol=1e-2, atol=1e-2)
     return block if right else 0
 
 @functools.cache
@@ -241,7 +238,7 @@ def _save_simple(
 ) -> None:
     "Into a state dict go weights in the simple order."
     if layer.block:
-        state[f"{prefix}weight"] = _from_kernel(state[f"{prefix}weight"].detach(), layer.block)
+        state[f"{prefix}weight"] = pack_nibbles(_in_order(unpack_nibbles(state[f"{prefix}weight"].detach()), layer.block))
 
 def _load_simple(
     layer: Any, # an `Int4Linear`
@@ -300,8 +297,8 @@ class Int4Linear(QuantizedLinear):
         return cls.from_codes(quantize_affine(weight.detach(), params), params, bias, **options)
 
     def part(self, rows: slice, dtype: torch.dtype) -> Tensor: # (rows of whole blocks, in_features)
-        weight = self.weight[rows]
-        return _dequantize4(_from_kernel(weight, self.block) if self.block else weight, self.grid[:, rows], dtype)
+        codes = look_up(self.weight[rows], torch.tensor(_CODES, dtype=dtype, device=self.weight.device))
+        return _on_grid(_in_order(codes, self.block), self.grid[:, rows])
 
     def product(self, x: Tensor) -> Tensor: # (rows, in_features) → (rows, out_features)
         exact, support = self.backend == "plain" or _wants_exact(x), int4_support(x.device.type)

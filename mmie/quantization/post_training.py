@@ -91,7 +91,7 @@ def _users(
     config: QuantConfig, # possibly one that makes no sense
 ) -> dict[str, set[str]]: # field → those of its methods that look at it
     "Who looks at the fields that not everybody looks at."
-    methods = {config.method, *config.layers.values()}
+    methods: set[str] = {config.method, *config.layers.values()}
     gptq = methods & _ON_GRIDS if config.rounding == "gptq" else set()
     smooth = methods & _SMOOTHED.get(config.smoothing, set())
     users = {"group": _WITH_GROUPS, "symmetric": {"int4_weight"}, "double_quantization": {"nf4_weight"}, "per_channel": _WITH_INPUTS,
@@ -155,6 +155,11 @@ _READS_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+def _matrix(module: nn.Module) -> Tensor: # (outputs, inputs), whichever way it is stored
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return (weight.T if _is_conv1d(module) else weight).detach()
 
 def _keep_reason(
     module: nn.Module, # a module that might be quantized
@@ -229,7 +234,7 @@ def _formats(
             continue
         pattern = _matches(name, config.layers)
         formats[name] = wanted = config.method if pattern is None else config.layers[pattern]
-        width = module.weight.shape[0 if _is_conv1d(module) else 1] # type: ignore[index, union-attr]
+        width = _matrix(module).shape[1]
         why = "several layers share its matrix" if users[id(module.weight)] > 1 else f"{width} inputs don't divide into groups of {config.group}"
         if wanted != "int8_weight" and (users[id(module.weight)] > 1 or (wanted in _WITH_GROUPS and width % config.group)):
             formats[name] = "int8_weight"
@@ -347,7 +352,7 @@ def _look(
     progress: bool, # show a bar
 ) -> dict[str, _Seen]: # for those that want to know
     "Run calibration text through a model and remember what layers see."
-    widths = {name: module.weight.shape[0 if _is_conv1d(module) else 1] for name, (module, _) in chunk.items()} # type: ignore[index, union-attr]
+    widths = {name: _matrix(module).shape[1] for name, (module, _) in chunk.items()}
     found = {name: _Seen(_watchers(method, widths[name], config, False)) for name, (_, method) in chunk.items()}
     found = {name: seen for name, seen in found.items() if seen.watchers and calibration is not None}
     if not found or calibration is None:
@@ -362,11 +367,6 @@ def _look(
     if again:
         watch_inputs(model, again, calibration, progress=progress)
     return found | {name: _Seen({**found[name].watchers, **seen.watchers}) for name, seen in again.items()}
-
-def _matrix(module: nn.Module) -> Tensor: # (outputs, inputs)
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return (weight.T if _is_conv1d(module) else weight).detach().contiguous()
 
 # %% ../../nbs/85_quantization.post_training.ipynb #16c92eaa
 def _smoothing(
@@ -400,7 +400,7 @@ def _linear(
     seen: _Seen, # what is known about its inputs
 ) -> QuantizedLinear:
     "The layer that stands in for a float one."
-    weight, bias = _matrix(module), getattr(module, "bias", None)
+    weight, bias = _matrix(module).contiguous(), getattr(module, "bias", None)
     scale = _smoothing(weight, method, config, seen) if method in _SMOOTHED.get(config.smoothing, ()) else None
     options: dict[str, Any] = {"bias": bias, "backend": config.backend}
     if scale is not None:
@@ -482,7 +482,7 @@ def _replacements(
         with _standing_in(model, memo if config.sequential else {}):
             seen = _look(model, chunk, config, calibration, progress)
         memo |= {id(module): _linear(module, method, config, seen.get(name, _Seen({}))) for name, (module, method) in chunk.items()}
-    for name, module in layers.items():
+    for module in layers.values():
         memo[id(module)].train(module.training)
     return memo
 
@@ -824,7 +824,8 @@ def _empty_layer(
     layer = QuantizedLinear.KINDS[str(record["kind"])].empty(record)
     for part, size in {"bias": shape[0], "input_scale": shape[1]}.items():
         if part in record:
-            layer.register_parameter(part, nn.Parameter(torch.zeros(size, dtype=getattr(torch, str(record[part]))), requires_grad=part == "bias"))
+            zeros = torch.zeros(size, dtype=getattr(torch, str(record[part])))
+            layer.register_parameter(part, nn.Parameter(zeros, requires_grad=part == "bias"))
     return layer
 
 def _skeleton(
