@@ -19,7 +19,7 @@ from typing import Annotated, Literal, Protocol
 from markupsafe import Markup
 from pydantic import Field, PlainSerializer, model_validator
 
-from ..constitutional.pipeline import AlignmentReport, alignment_conclusions, tally_figure
+from ..constitutional.pipeline import AlignmentReport, Tally, alignment_conclusions, tally_figure
 from ..core import atomic_write
 from ..measure import format_bytes, format_seconds
 from mmie.pages import (
@@ -83,7 +83,8 @@ class Curve(Part):
 class Compression(Part):
     "Bits each predictor needs for one byte of the same held-out text; less is better."
     model: _Positive | None = None # the trained model
-    int8: _Positive | None = None # the model after quantization
+    int8: _Positive | None = None # the model with its weights in eight bits
+    int4: _Positive | None = None # and in four
     uniform: _Positive | None = None # every token of the vocabulary equally likely
     lzma: _Positive | None = None # lzma of the held-out text alone
     lzma_given_train: _Positive | None = None # what lzma adds after it has read the training text
@@ -124,6 +125,8 @@ class Sample(Part):
     settings: str = "" # how it was sampled, in words
 
 # %% ../../nbs/92_insight.report.ipynb #2a18edc5
+_Answer = Literal["answer", "pretrained_answer", "int8_answer", "int4_answer"]
+
 class Question(Part):
     "One question of the examination, with what was answered."
     kind: str # what sort of question: one row of the table
@@ -131,7 +134,8 @@ class Question(Part):
     expected: str # the one right answer
     answer: str # what the fine-tuned model said
     pretrained_answer: str | None = None # what it said before it had seen any question
-    int8_answer: str | None = None # what it said after quantization
+    int8_answer: str | None = None # what it said with its weights in eight bits
+    int4_answer: str | None = None # and in four
 
     @property
     def correct(self) -> bool: # whether the answer is the expected one, spaces at the ends aside
@@ -149,7 +153,7 @@ class Exam(Part):
 
     def score(self,
         kind: str | None = None, # only this kind; None: all
-        by: Literal["answer", "pretrained_answer", "int8_answer"] = "answer", # whose answers
+        by: _Answer = "answer", # whose answers
     ) -> Score: # of those that were asked
         "Count the right answers."
         asked = [(getattr(q, by), q.expected) for q in self.questions if kind in (None, q.kind)]
@@ -160,9 +164,11 @@ class Exam(Part):
         if self.guess is None: return None
         return Score(sum(q.expected.strip() == self.guess.strip() for q in self.questions), len(self.questions))
 
-    @property
-    def unchanged(self) -> Score | None: # answers that quantization left as they were
-        pairs = [(q.answer, q.int8_answer) for q in self.questions if q.int8_answer is not None]
+    def unchanged(self,
+        by: str = "int8_answer", # whose answers; or of a variant that was not asked
+    ) -> Score | None: # answers that quantization left as they were
+        "Compare answers word for word with those of the whole model."
+        pairs = [(q.answer, said) for q in self.questions if (said := getattr(q, by, None)) is not None]
         return Score(sum(a == b for a, b in pairs), len(pairs)) if pairs else None
 
     def first(self,
@@ -197,6 +203,7 @@ class RunReport(Part):
     exam: Exam | None = None # with every answer
     alignment: AlignmentReport | None = None # of an assistant: what it refuses, before and after
     variants: tuple[Variant, ...] = () # the first is the one as trained
+    shrunk: tuple[Tally, ...] = () # the aligned assistant and its smaller copies, asked the same
     reproduction: Reproduction | None = None # how to get the same
     notes: tuple[str, ...] = () # what the run itself wants to be said of it
 
@@ -268,12 +275,27 @@ def _quantization_conclusions(
             speed = v.tokens_per_second / whole.tokens_per_second
             says.append(f"it writes at {speed:.2f} times the speed" + (", so it is slower" if speed < 0.98 else ""))
             if speed < 0.98 and tone == "good": tone = "plain"
-        if v.name == "int8" and exam and (same := exam.unchanged):
+        if exam and (same := exam.unchanged(f"{v.name}_answer")):
             says.append(f"{same.correct} of {same.total} answers stay as they were")
         out.append(Conclusion(figure=f"{smaller}× smaller", text="; ".join(says) + ".", tone=tone))
     return out
 
-# %% ../../nbs/92_insight.report.ipynb #4362e7cd
+# %% ../../nbs/92_insight.report.ipynb #d4ec39f9
+def _as_alignment(
+    report: RunReport, # with an alignment
+) -> AlignmentReport | None: # whose versions are the aligned assistant and its smaller copies
+    "The smaller assistants, in the form of an alignment's report."
+    return report.alignment.replace(tallies=report.shrunk) if report.alignment and report.shrunk else None
+
+def _shrinking_conclusions(
+    report: RunReport, # whatever has been run
+) -> list[Conclusion]: # one per measure
+    "Say whether the aligned assistant still does what it was taught, now that it is small."
+    if not (small := _as_alignment(report)): return []
+    said = alignment_conclusions(small)[:len(small.measures)]
+    return [c.replace(text=f"The aligned assistant, from full precision to {small.ages[-1]}. {c.text}") for c in said]
+
+# %% ../../nbs/92_insight.report.ipynb #e7e1e4c2
 def verdict(
     report: RunReport, # whatever has been run
 ) -> list[Conclusion]: # in the order of the page
@@ -281,7 +303,7 @@ def verdict(
     conclusions = _prediction_conclusions(report.compression) if report.compression else []
     if report.exam: conclusions += _exam_conclusions(report.exam)
     if (a := report.alignment): conclusions += alignment_conclusions(a)[:len(a.measures)] # of what is known to be true
-    return conclusions + _quantization_conclusions(report.variants, report.exam)
+    return conclusions + _quantization_conclusions(report.variants, report.exam) + _shrinking_conclusions(report)
 
 # %% ../../nbs/92_insight.report.ipynb #5d06b6da
 def caveats(
@@ -416,7 +438,7 @@ def _predictors(
     n = f"{c.ngram_order}-gram"
     rivals = [("lzma", c.lzma), ("lzma, given the training text", c.lzma_given_train)]
     rivals += [(f"{n} over bytes", c.ngram_bytes), (f"{n} over tokens", c.ngram_tokens)]
-    ours = [("this model", c.model), ("this model in int8", c.int8)]
+    ours = [("this model", c.model), ("this model in int8", c.int8), ("this model in int4", c.int4)]
     return [(name, v, row in ours) for row in rivals + ours for name, v in [row] if v is not None]
 
 
@@ -461,7 +483,8 @@ def _score_rows(
 ) -> list[tuple[str, Score]]: # one row each
     "By kind, all together, and all together at the model's other ages."
     rows = [*((kind, exam.score(kind)) for kind in exam.kinds), ("all", exam.score())]
-    ages = [("all, before fine-tuning", exam.score(by="pretrained_answer")), ("all, in int8", exam.score(by="int8_answer"))]
+    others: dict[str, _Answer] = {"before fine-tuning": "pretrained_answer", "in int8": "int8_answer", "in int4": "int4_answer"}
+    ages = [(f"all, {age}", exam.score(by=by)) for age, by in others.items()]
     return rows + [(age, s) for age, s in ages if s.total]
 
 
@@ -521,7 +544,7 @@ def render_report(
     return page_templates().get_template("insight/report.html.j2").render(
         r=report, verdict=verdict(report), caveats=caveats(report), lede=_lede(report), backdrop=_backdrop(report.pretraining),
         predictors=_predictors(report.compression) if report.compression else [],
-        rival=next(iter(_references(report.compression)[::-1]), None),
+        rival=next(iter(_references(report.compression)[::-1]), None), shrunk=_as_alignment(report),
         **{draw.__name__: in_two_widths(draw) for draw in (curve_figure, compression_figure, answers_figure, tally_figure)})
 
 # %% ../../nbs/92_insight.report.ipynb #a319d572
