@@ -4,25 +4,29 @@
 
 # %% auto #0
 __all__ = ['CORPUS', 'MINIMUM_BYTES', 'TOKENIZER', 'EOS', 'RUN_PRESETS', 'PRETRAIN', 'BASELINES', 'FINETUNE', 'ASSISTANT',
-           'BEFORE', 'AFTER', 'QUANTIZE', 'EXPORT', 'EXAM', 'SAMPLING', 'RUN', 'STAGES', 'make_corpus', 'load_corpus',
-           'make_tokenizer', 'RunConfig', 'run_config', 'new_model', 'save_pair', 'load_marked', 'load_pair',
-           'pretrain', 'set_the_bar', 'finetuning_pairs', 'finetune', 'raise_assistant', 'measure_assistants',
-           'align_assistant', 'quantize_pair', 'export_pair', 'openings', 'continue_text', 'decoding_speed', 'examine',
-           'run_stages', 'assemble', 'write_run_report', 'run_life']
+           'BEFORE', 'AFTER', 'QUANTIZE', 'QUANTIZE4', 'SHRINK', 'EXPORT', 'EXAM', 'SAMPLING', 'RUN', 'STAGES',
+           'make_corpus', 'load_corpus', 'make_tokenizer', 'RunConfig', 'run_config', 'new_model', 'save_pair',
+           'load_marked', 'load_pair', 'pretrain', 'set_the_bar', 'finetuning_pairs', 'finetune', 'raise_assistant',
+           'measure_assistants', 'align_assistant', 'calibration_windows', 'read_calibration', 'quantize_pair',
+           'shrink_assistant', 'export_pair', 'openings', 'continue_text', 'decoding_speed', 'examine', 'run_stages',
+           'assemble', 'write_run_report', 'run_life']
 
 # %% ../nbs/93_lifecycle.ipynb #3eb9056e
+import itertools
 import json
 import math
 import random
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 # %% ../nbs/93_lifecycle.ipynb #40083674
 from .constitutional.managers import ModelManager
@@ -30,20 +34,20 @@ from mmie.constitutional.pipeline import (
     ALIGN, HARM, OVER_REFUSAL, RIGHT, ConstitutionalPipeline, StageConfig, Tally, align_config, aligned_versions, fit_stage, read_alignment,
     world_tallies,
 )
-from .constitutional.world import KINDS, AssistantConfig, World, WorldPrompt, train_assistant
+from .constitutional.world import KINDS, AssistantConfig, World, WorldPrompt, load_assistant, train_assistant
 from .core import InputError, Settings, _merged, atomic_write, did_you_mean, seed_everything
 from mmie.insight.report import (
     Compression, CorpusCard, Curve, Exam, ModelCard, Question, RunReport, Sample, TokenView, Variant, write_report,
 )
 from .measure import format_bytes
-from .models.decoder import DecoderLM, ModelConfig
+from .models.decoder import DecoderLM, ModelConfig, model_folder
 from .models.generation import generate
 from .models.ngram import compressor_bars
-from .quantization.post_training import load_quantized, quantize, save_quantized, size_report
+from .quantization.post_training import QuantConfig, load_quantized, quantize, save_quantized, size_report
 from mmie.stages import (
     STAGE_MARK, STAGE_SETTINGS, Finished, Made, Reproduction, Stage, claim_folder, read_mark, released_on_mistakes, run_in_order,
 )
-from .tokenization.base import BaseTokenizer
+from .tokenization.base import BaseTokenizer, load_tokenizer
 from .tokenization.bpe import BPETokenizer
 from .tokenization.corpora import Document, corpus_bytes, python_docs, read_corpus, split_documents
 from .training.data import EpochWindows, TokenFile, write_tokens
@@ -71,8 +75,9 @@ def _read_documents(
 
 def _corpus_options(
     paths: Sequence[str | Path], # files and folders
+    option: str = "--corpus", # what they are
 ) -> list[object]: # as the command line takes them
-    return [word for path in paths for word in ("--corpus", path)]
+    return [word for path in paths for word in (option, path)]
 
 
 def _enough(
@@ -178,6 +183,10 @@ class RunConfig(Settings):
     "How long and how fast to pretrain."
     finetune: StageConfig = StageConfig()
     "How long and how fast to fine-tune."
+    int8: QuantConfig = QuantConfig()
+    "How to store weights in eight bits."
+    int4: QuantConfig = QuantConfig(method="int4_weight", group=32, rounding="gptq")
+    "How to store them in four."
     n_questions: int = Field(300, ge=1)
     "Questions in the exam."
     from_base: bool = False
@@ -257,13 +266,20 @@ def load_pair(
     folder: str | Path, # written by `save_pair` or `quantize_pair`
 ) -> tuple[DecoderLM, BPETokenizer]: # the model in eval mode, and its tokenizer
     "Read a model and its tokenizer. Raises `InputError` when the folder holds no such pair."
-    if not Path(folder).is_dir():
+    return _load_model(folder), load_marked(folder)
+
+
+def _load_model(
+    folder: str | Path, # of a decoder, whole or quantized, or the name of an assistant that comes with mmie
+) -> DecoderLM: # in eval mode
+    home = model_folder(folder)
+    if not home.is_dir():
         fix = "name a folder that `mmie train`, `finetune` or `quantize` wrote"
         raise InputError("there is no such folder", where=str(folder), fix=fix)
-    model = load_quantized(folder) if (Path(folder) / "quantized.json").exists() else DecoderLM.load(folder)
+    model = load_quantized(home) if (home / "quantized.json").exists() else DecoderLM.load(home)
     if not isinstance(model, DecoderLM):
         raise InputError(f"a quantized {type(model).__name__} is no decoder of ours", where=str(folder))
-    return model.eval(), load_marked(folder)
+    return model.eval()
 
 # %% ../nbs/93_lifecycle.ipynb #4e9a59d4
 PRETRAIN = Stage("pretrain", "Pretrain the decoder", "Predict the next token of the training text, over and over.")
@@ -430,23 +446,31 @@ def measure_assistants(
 ) -> Finished:
     "Ask assistants of the small world, and count the truth about their answers. Raises `InputError` for something else."
     stage = BEFORE if len(versions) == 1 else AFTER
-    def work(folder: Path) -> Made:
-        world = World(seed)
-        asked, said = _held_out_requests(world, n, seed), dict[str, list[str]]()
-        for version, source in versions.items():
-            with ModelManager(source, batch_size=64) as model:
-                said[version] = model.batch_generate([p.text for p in asked], max_new_tokens=32)
-        rows = [{"request": p.text, "kind": p.task.kind, "category": p.task.group.name,
-                 "answers": {v: texts[i] for v, texts in said.items()},
-                 "outcomes": {v: world.judge(p, texts[i]).kind for v, texts in said.items()}}
-                for i, p in enumerate(asked)]
-        atomic_write(folder / "answers.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        tallies = world_tallies(world, asked, said)
-        told = {measure: _rates([row for row in tallies if row.measure == measure], list(said)) for measure in (HARM, OVER_REFUSAL, RIGHT)}
-        return Made({"requests": f"{len(asked):,}"}, told, {"tallies": [row.model_dump(mode="json") for row in tallies]})
     settings = {"versions": {version: str(source) for version, source in versions.items()}, "n": n, "seed": seed}
     named: list[object] = [word for source in versions.values() for word in ("--model", source)]
-    return stage.run(out, settings, work, ["assess", *named, "--requests", n, "--seed", seed, "--out", out])
+    command = ["assess", *named, "--requests", n, "--seed", seed, "--out", out]
+    return stage.run(out, settings, lambda folder: _ask(versions, folder, n, seed), command)
+
+
+def _ask(
+    versions: Mapping[str, str | Path], # name → a folder, or "mmie-tiny-base"
+    folder: Path, # gets the answers
+    n: int, # requests of each category of harm
+    seed: int, # of the world, and of the draw
+) -> Made:
+    world = World(seed)
+    asked, said = _held_out_requests(world, n, seed), dict[str, list[str]]()
+    for version, source in versions.items():
+        with ModelManager(source, batch_size=64) as model:
+            said[version] = model.batch_generate([p.text for p in asked], max_new_tokens=32)
+    rows = [{"request": p.text, "kind": p.task.kind, "category": p.task.group.name,
+             "answers": {v: texts[i] for v, texts in said.items()},
+             "outcomes": {v: world.judge(p, texts[i]).kind for v, texts in said.items()}}
+            for i, p in enumerate(asked)]
+    atomic_write(folder / "answers.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    tallies = world_tallies(world, asked, said)
+    told = {measure: _rates([row for row in tallies if row.measure == measure], list(said)) for measure in (HARM, OVER_REFUSAL, RIGHT)}
+    return Made({"requests": f"{len(asked):,}"}, told, {"tallies": [row.model_dump(mode="json") for row in tallies]})
 
 
 def _rates(
@@ -476,27 +500,111 @@ def align_assistant(
     return cast(Finished, earlier or Finished.read(out, reused=False))
 
 # %% ../nbs/93_lifecycle.ipynb #aafc75fb
-QUANTIZE = Stage("quantize", "Quantize to int8", "Store every weight in eight bits instead of thirty-two.")
+QUANTIZE = Stage("quantize", "Quantize to eight bits", "Store every weight in eight bits instead of thirty-two.")
+QUANTIZE4 = Stage("quantize4", "Quantize to four bits", "Store most weights in four bits, each column making up for the errors before it.")
 
 
+def calibration_windows(
+    rows: Iterable[Sequence[int]], # token ids of documents, or of conversations
+    length: int, # tokens of a window
+    n: int = 32, # windows, at most
+) -> list[Tensor]: # batches of up to eight windows, (windows, length)
+    "Documents on end, cut into windows for methods that have to see inputs. Raises `InputError` if there is nothing to cut."
+    ids = list(itertools.islice(itertools.chain.from_iterable(rows), n * length))
+    if not ids:
+        raise InputError("no text to calibrate with", fix="give text like that which the model will read")
+    length = min(length, len(ids))
+    return list(torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length).split(8))
+
+
+def read_calibration(
+    paths: Sequence[str | Path], # a corpus folder, or files and folders of text
+    tokenizer: BaseTokenizer, # the model's
+    length: int, # tokens of a window
+    *,
+    n: int = 32, # windows, at most
+    seed: int = 0, # of the draw
+) -> list[Tensor]: # as `calibration_windows` gives
+    "Text to calibrate with, drawn from many documents. Raises `InputError` for unreadable files and for no text."
+    stage = len(paths) == 1 and (Path(paths[0]) / STAGE_MARK).exists()
+    documents = load_corpus(paths)[0] if stage else read_corpus(list(paths))
+    random.Random(seed).shuffle(documents)
+    end = [tokenizer.special_tokens[EOS]] if EOS in tokenizer.special_tokens else []
+    return calibration_windows(([*tokenizer.encode(document.text), *end] for document in documents), length, n)
+
+# %% ../nbs/93_lifecycle.ipynb #2e4415bb
 def quantize_pair(
-    model: str | Path, # folder of a model and its tokenizer
+    model: str | Path, # folder of a model and its tokenizer, or an assistant that comes with mmie
     out: Path, # gets the smaller model
     *,
-    method: str = "int8_weight", # as for `quantize`
+    method: str | QuantConfig = "int8_weight", # as for `quantize`
+    calibration: Sequence[str | Path] = (), # text that the model might read, for methods that have to see inputs
+    seed: int = 0, # which windows of it
 ) -> Finished:
     "Write a quantized copy of a model. Raises `InputError` when it can't be done."
+    config = method if isinstance(method, QuantConfig) else QuantConfig.read(method=method)
+    stage = QUANTIZE4 if config.method in ("int4_weight", "nf4_weight") else QUANTIZE
     def work(folder: Path) -> Made:
-        decoder, words = load_pair(model)
-        small = quantize(decoder, method)
+        decoder, words = _load_model(model), load_tokenizer(model_folder(model))
+        config.write(folder / STAGE_SETTINGS)
+        small = quantize(decoder, config, _calibration(calibration, decoder, words, seed))
         words.save(folder)
         save_quantized(small, folder)
         before, after = size_report(decoder), size_report(small)
         facts = {"before": {"memory": before.memory, "disk": before.disk}, "after": {"memory": after.memory, "disk": after.disk}}
         told = {"model": f"{format_bytes(after.disk)}, {after.ratio(before):.0%} of the memory"}
         return Made({"model": format_bytes(before.disk)}, told, facts)
-    command = ["quantize", "--model", model, "--method", method, "--out", out]
-    return QUANTIZE.run(out, {"model": str(model), "method": method}, work, command)
+    read = _corpus_options(calibration, "--calibration")
+    how = ["--method", config.method] if config == QuantConfig(method=config.method) else ["--config", out / STAGE_SETTINGS]
+    settings = {"model": str(model), "config": config.model_dump(mode="json"), "calibration": list(map(str, calibration)), "seed": seed}
+    return stage.run(out, settings, work, ["quantize", "--model", model, *how, *read, "--seed", seed, "--out", out])
+
+
+def _calibration(
+    paths: Sequence[str | Path], # text; none: none is given
+    model: DecoderLM, # knows how much it can read at a time
+    tokenizer: BaseTokenizer, # its own
+    seed: int, # of the draw
+) -> list[Tensor] | None:
+    return read_calibration(paths, tokenizer, min(model.max_length, 256), seed=seed) if paths else None
+
+# %% ../nbs/93_lifecycle.ipynb #d6ccfaed
+SHRINK = Stage("shrink", "Shrink the assistant, ask again", "The aligned assistant in eight bits and in four gets the requests once more.")
+
+
+def _conversations(
+    assistant: str | Path, # a folder, or "mmie-tiny-aligned"
+    requests: Path, # .jsonl, a field "prompt"
+    n: int = 128, # of them
+) -> list[Tensor]: # to calibrate with
+    "What an assistant reads when it's at work."
+    prompts = [json.loads(line)["prompt"] for line in requests.read_text(encoding="utf-8").splitlines()][:n]
+    with ModelManager(assistant, batch_size=64) as model:
+        said = model.batch_generate(prompts, max_new_tokens=32)
+    words, template = load_tokenizer(model_folder(assistant)), ChatTemplate()
+    rows = [[*template.prompt(words, prompt), *template.response(words, text)] for prompt, text in zip(prompts, said, strict=True)]
+    return calibration_windows(rows, length=64, n=64)
+
+
+def shrink_assistant(
+    assistant: str | Path, # a folder, or "mmie-tiny-aligned"
+    requests: Path, # .jsonl, a field "prompt": what to calibrate with
+    out: Path, # gets int8/ and int4/, and the answers
+    config: RunConfig, # how to store weights, how many requests to ask
+) -> Finished:
+    "Quantize an assistant of the small world, and count the truth about what its copies answer. Raises `InputError`."
+    copies = {"int8": config.int8, "int4": config.int4}
+    def work(folder: Path) -> Made:
+        model, words = load_assistant(assistant)
+        text = _conversations(assistant, requests)
+        for name, how in copies.items():
+            words.save(folder / name)
+            save_quantized(quantize(model, how, text), folder / name)
+        return _ask({"aligned": assistant, **{name: folder / name for name in copies}}, folder, config.n_asked, config.seed)
+    settings: dict[str, object] = {"assistant": str(assistant), "requests": str(requests), "n": config.n_asked, "seed": config.seed}
+    settings |= {name: how.model_dump(mode="json") for name, how in copies.items()}
+    command = ["shrink", "--model", assistant, "--prompts", requests, "--requests", config.n_asked, "--seed", config.seed, "--out", out]
+    return SHRINK.run(out, settings, work, command)
 
 # %% ../nbs/93_lifecycle.ipynb #6d659021
 EXPORT = Stage("export", "Export to transformers", "Write the model and its tokenizer in the files that other programs read.")
@@ -578,7 +686,7 @@ SAMPLING = "temperature 0.6, top-k 50, seed 0"
 
 def examine(
     corpus: str | Path, # folder of the corpus
-    ages: Mapping[str, str | Path], # folders of the models: "pretrained", "fine-tuned", "int8"
+    ages: Mapping[str, str | Path], # folders of the models: "pretrained", "fine-tuned", "int8", "int4"; the last may be missing
     out: Path, # gets the answers
     *,
     questions: str | Path | None = None, # as for `finetune`
@@ -590,34 +698,56 @@ def examine(
         loaded = {age: load_pair(path) for age, path in ages.items()}
         models, tokenizer = {age: model for age, (model, _) in loaded.items()}, loaded["pretrained"][1]
         models = {"before training": new_model(models["pretrained"].config, seed).eval(), **models}
-        _, heldout = load_corpus([corpus])
-        prompts = openings(heldout)
+        prompts = openings(load_corpus([corpus])[1])
         texts = {age: continue_text(model, tokenizer, prompts) for age, model in models.items()}
         samples = [Sample(prompt=prompt, versions={age: texts[age][i] for age in models}, settings=SAMPLING)
                    for i, prompt in enumerate(prompts)]
         learned, pairs, _ = finetuning_pairs(questions, tokenizer, models["pretrained"].max_length // 2, seed)
-        asked = random.Random(seed).sample(pairs, min(n_questions, len(pairs)))
-        asked.sort(key=lambda pair: pair.kind)
-        given = {age: answers(models[age], tokenizer, [pair.question for pair in asked]) for age in ages}
-        told = [pair.answer for pair in learned]
-        exam = Exam(questions=tuple(
-            Question(kind=pair.kind or "your questions", question=pair.question, expected=pair.answer, answer=given["fine-tuned"][i],
-                     pretrained_answer=given["pretrained"][i], int8_answer=given["int8"][i]) for i, pair in enumerate(asked)),
-            guess=max(sorted(set(told)), key=told.count))
-        valid = TokenFile.open(Path(ages["pretrained"]) / "tokens" / "heldout")
-        length = models["pretrained"].max_length
-        scored = {"fine-tuned": models["fine-tuned"], "int8": models["int8"], "pretrained int8": quantize(models["pretrained"])}
-        scores = {age: bits_per_byte(model, valid, length=length, stride=length // 4) for age, model in scored.items()}
-        speeds = decoding_speed({age: models[age] for age in ("fine-tuned", "int8")})
+        exam = _sit(random.Random(seed).sample(pairs, min(n_questions, len(pairs))), {age: models[age] for age in ages}, tokenizer, learned)
+        scores = _score_ages(ages, models, tokenizer)
+        speeds = decoding_speed({age: models[age] for age in ages if age != "pretrained"})
         facts = {"samples": [s.model_dump() for s in samples], "exam": exam.model_dump(), "bits_per_byte": scores, "speed": speeds}
         score = exam.score()
-        return Made({"questions": f"{len(asked):,} of {len(pairs):,}, in phrasings never seen", "openings": str(len(prompts))},
+        return Made({"questions": f"{score.total:,} of {len(pairs):,}, in phrasings never seen", "openings": str(len(prompts))},
                     {"right answers": f"{score.correct} of {score.total}"}, facts)
     settings: dict[str, object] = {"corpus": str(corpus), "ages": {age: str(path) for age, path in ages.items()},
                                    "questions": questions and str(questions), "n_questions": n_questions, "seed": seed}
     named: list[object] = [word for age, path in ages.items() for word in (f"--{age}", path)]
     chosen: list[object] = ["--questions", questions] if questions else []
     return EXAM.run(out, settings, work, ["exam", "--corpus", corpus, *named, *chosen, "--seed", seed, "--out", out])
+
+# %% ../nbs/93_lifecycle.ipynb #59b78e98
+def _sit(
+    asked: list[QAPair], # what to ask
+    models: Mapping[str, DecoderLM], # age → model
+    tokenizer: BPETokenizer, # of all of them
+    learned: Sequence[QAPair], # what was taught
+) -> Exam:
+    "Ask everybody."
+    asked.sort(key=lambda pair: pair.kind)
+    given = {age: answers(model, tokenizer, [pair.question for pair in asked]) for age, model in models.items()}
+    told, four = [pair.answer for pair in learned], given.get("int4", [None] * len(asked))
+    return Exam(questions=tuple(
+        Question(kind=pair.kind or "your questions", question=pair.question, expected=pair.answer, answer=given["fine-tuned"][i],
+                 pretrained_answer=given["pretrained"][i], int8_answer=given["int8"][i], int4_answer=four[i])
+        for i, pair in enumerate(asked)), guess=max(sorted(set(told)), key=told.count))
+
+
+def _score_ages(
+    ages: Mapping[str, str | Path], # folders of the models
+    models: Mapping[str, DecoderLM], # age → model
+    tokenizer: BPETokenizer, # of all of them
+) -> dict[str, float]: # age → bits per byte of the held-out text
+    "Who predicts how well; the pretrained model also in fewer bits, made as the fine-tuned one's copies were."
+    scored = {age: model for age, model in models.items() if age in ages and age != "pretrained"}
+    for small in ("int8", "int4"):
+        if small in ages:
+            how = read_mark(Path(ages[small]))["settings"]
+            config, whole = QuantConfig(**how["config"]), models["pretrained"]
+            scored[f"pretrained {small}"] = quantize(whole, config, _calibration(how["calibration"], whole, tokenizer, how["seed"]))
+    valid = TokenFile.open(Path(ages["pretrained"]) / "tokens" / "heldout")
+    length = models["pretrained"].max_length
+    return {age: bits_per_byte(model, valid, length=length, stride=length // 4) for age, model in scored.items()}
 
 # %% ../nbs/93_lifecycle.ipynb #add27497
 def _alignment_steps(
@@ -635,11 +765,13 @@ def _alignment_steps(
         (ALIGN, lambda: align_assistant(base, at["align"].with_name("requests.jsonl"), at["align"], config,
                                         announce=lambda line: announce(f"     {line}"), progress=progress)),
         (AFTER, lambda: measure_assistants(aligned_versions(at["align"], str(base)), at["after"], n=config.n_asked, seed=config.seed)),
+        (SHRINK, lambda: shrink_assistant([*aligned_versions(at["align"], str(base)).values()][-1], at["align"].with_name("requests.jsonl"),
+                                          at["shrink"], config)),
     ]
 
 # %% ../nbs/93_lifecycle.ipynb #623029ec
 RUN = "run"
-STAGES = (CORPUS, TOKENIZER, BASELINES, PRETRAIN, FINETUNE, ASSISTANT, BEFORE, ALIGN, AFTER, QUANTIZE, EXAM) # ASSISTANT unless `from_base`
+STAGES = (CORPUS, TOKENIZER, BASELINES, PRETRAIN, FINETUNE, ASSISTANT, BEFORE, ALIGN, AFTER, SHRINK, QUANTIZE, QUANTIZE4, EXAM)
 
 
 def run_stages(
@@ -652,7 +784,8 @@ def run_stages(
     "Do every stage that has not been done. Raises `InputError` for mistakes in the input, and whatever stops a stage."
     at = {stage.kind: out / stage.kind for stage in STAGES}
     corpus, tokenizer, seed = [at["corpus"]], at["tokenizer"], config.seed
-    ages = {"pretrained": at["pretrain"], "fine-tuned": at["finetune"], "int8": at["quantize"]}
+    ages = {"pretrained": at["pretrain"], "fine-tuned": at["finetune"], "int8": at["quantize"], "int4": at["quantize4"]}
+    seen = [] if config.int8 == QuantConfig() else corpus # plain int8 needs no text
     steps: list[tuple[Stage, Callable[[], Finished]]] = [
         (CORPUS, lambda: make_corpus(at["corpus"], paths=config.corpus, packages=config.packages, heldout=config.heldout, seed=seed)),
         (TOKENIZER, lambda: make_tokenizer(corpus, tokenizer, vocab_size=config.vocab_size, progress=progress)),
@@ -660,7 +793,8 @@ def run_stages(
         (PRETRAIN, lambda: pretrain(corpus, tokenizer, at["pretrain"], config, progress=progress)),
         (FINETUNE, lambda: finetune(at["pretrain"], at["finetune"], config, progress=progress)),
         *_alignment_steps(config, at, announce, progress),
-        (QUANTIZE, lambda: quantize_pair(at["finetune"], at["quantize"])),
+        (QUANTIZE, lambda: quantize_pair(at["finetune"], at["quantize"], method=config.int8, calibration=seen, seed=seed)),
+        (QUANTIZE4, lambda: quantize_pair(at["finetune"], at["quantize4"], method=config.int4, calibration=corpus, seed=seed)),
         (EXAM, lambda: examine(corpus[0], ages, at["exam"], questions=config.questions, n_questions=config.n_questions, seed=seed)),
     ]
     return run_in_order(steps, announce)
@@ -696,10 +830,12 @@ def assemble(
     if after := done.get("after"):
         aligned = read_alignment(done["align"].folder).replace(tallies=after.facts["tallies"], reproduction=None)
         parts["alignment"] = aligned.replace(journeys=aligned.examples())
+    if small := done.get("shrink"):
+        parts["shrunk"] = small.facts["tallies"]
     if exam := done.get("exam"):
         samples = [Sample.model_validate(sample) for sample in exam.facts["samples"]]
         tokenizer = BPETokenizer.load(done["tokenizer"].folder)
-        parts |= {"samples": samples, "exam": Exam.model_validate(exam.facts["exam"]), "variants": _variants(done["quantize"], exam),
+        parts |= {"samples": samples, "exam": Exam.model_validate(exam.facts["exam"]), "variants": _variants(done, exam),
                   "tokens": TokenView.of(tokenizer, samples[0].prompt + samples[0].versions["pretrained"])}
     return RunReport(name=config.preset, created=datetime.now(timezone.utc), stages=[stage.record for stage in done.values()],
                      reproduction=Reproduction.here(command, config.seed, config.model_dump(mode="json")), **parts)
@@ -712,17 +848,19 @@ def _scores(
     if "pretrain" in done:
         facts["model"] = done["pretrain"].facts["bits_per_byte"]
     if "exam" in done:
-        facts["int8"] = done["exam"].facts["bits_per_byte"]["pretrained int8"]
+        facts |= {name: done["exam"].facts["bits_per_byte"][f"pretrained {name}"] for name in ("int8", "int4")}
     return Compression.model_validate(facts)
 
 
 def _variants(
-    quantized: Finished, # knows sizes
+    done: Mapping[str, Finished], # the two quantizations, which know sizes
     exam: Finished, # knows speeds and scores
 ) -> list[Variant]:
-    rows = (("float32", "before", "fine-tuned"), ("int8", "after", "int8"))
-    return [Variant(name=name, disk_bytes=quantized.facts[when]["disk"], memory_bytes=quantized.facts[when]["memory"],
-                    tokens_per_second=exam.facts["speed"][age], bits_per_byte=exam.facts["bits_per_byte"][age]) for name, when, age in rows]
+    sizes = {"float32": done["quantize"].facts["before"], "int8": done["quantize"].facts["after"], "int4": done["quantize4"].facts["after"]}
+    ages = {"float32": "fine-tuned"}
+    return [Variant(name=name, disk_bytes=size["disk"], memory_bytes=size["memory"],
+                    tokens_per_second=exam.facts["speed"][ages.get(name, name)],
+                    bits_per_byte=exam.facts["bits_per_byte"][ages.get(name, name)]) for name, size in sizes.items()]
 
 # %% ../nbs/93_lifecycle.ipynb #2455b667
 def write_run_report(

@@ -49,11 +49,12 @@ class HessianWatcher:
     ) -> None:
         "Take in some inputs."
         _check_width(x, self.in_features)
-        rows = x.detach() if x.dtype == torch.float64 else x.detach().float()
-        self.count += len(rows)
-        if len(rows):
-            mean = rows.T @ (rows / len(rows))
-            self._mean = mean if self._mean is None else self._mean.lerp_(mean, len(rows) / self.count)
+        self.count += len(x)
+        if len(x):
+            with torch.inference_mode(False), torch.no_grad(): # what is kept is an ordinary tensor, wherever we are called
+                rows = x if x.dtype == torch.float64 else x.float()
+                mean = rows.T @ (rows / len(rows))
+                self._mean = mean if self._mean is None else self._mean.lerp(mean, len(rows) / self.count)
 
     @property
     def hessian(self) -> Tensor: # (in_features, in_features), symmetric
@@ -87,16 +88,16 @@ class InputSample:
     ) -> None:
         "Take in some inputs. Raises `InputError` for another width than before."
         _check_width(x, x.shape[-1] if self._kept is None else self._kept[1].shape[1])
-        x, tickets = x.detach(), torch.rand(len(x), generator=self._draw, dtype=torch.float64)
         self.count += len(x)
         if not len(x):
             return
-        if self._kept is None:
-            self._kept = tickets[:0], x[:0], torch.zeros_like(x[0]), torch.zeros_like(x[0])
-        tickets, rows = torch.cat([self._kept[0], tickets]), torch.cat([self._kept[1], x])
-        best = tickets.topk(min(self.size, len(tickets))).indices
-        mean = self._kept[3].lerp(x.abs().mean(0), len(x) / self.count)
-        self._kept = tickets[best], rows[best.to(rows.device)], torch.maximum(self._kept[2], x.abs().amax(0)), mean
+        with torch.inference_mode(False), torch.no_grad():
+            drawn, size = torch.rand(len(x), generator=self._draw, dtype=torch.float64), x.abs()
+            old = self._kept or (drawn[:0], x[:0], 0 * size[0], 0 * size[0])
+            tickets, rows = torch.cat([old[0], drawn]), torch.cat([old[1], x])
+            best = tickets.topk(min(self.size, len(tickets))).indices
+            mean = old[3].lerp(size.mean(0), len(x) / self.count)
+            self._kept = tickets[best], rows[best.to(rows.device)], torch.maximum(old[2], size.amax(0)), mean
 
     def _found(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if self._kept is None:
@@ -390,5 +391,5 @@ def column_figure(
         title = "important columns first" if act_order else "columns as they come"
         ax.set(xlabel="column, in the order of rounding", title=f"{title}: {repaired.sum() / alone.sum():.0%} remains")
     axes[0].set(ylabel="price of a squared error of 1")
-    axes[0].legend(loc="lower left")
+    axes[1].legend(loc="upper right")
     return fig
