@@ -12,20 +12,15 @@ import itertools
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import InputError, default_dtype, did_you_mean
-from ..figures import PALETTE, figure
-from .affine import Granularity, QuantParams, choose_params, dequantize_affine, quantize_affine, to_blocks
+from .affine import Granularity, QuantParams, choose_params, quantize_affine, to_blocks
 from .linear import QuantizedLinear, frozen
-
-# %% ../../nbs/82_quantization.packed.ipynb #d3b541ff
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # %% ../../nbs/82_quantization.packed.ipynb #0660c43b
 def pack_nibbles(
@@ -172,7 +167,7 @@ def int4_support(
     bf16 = device in ("cpu", "cuda", "xpu") and default_dtype(device) == torch.bfloat16
     vectorized = device == "cpu" and sys.platform != "win32" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     block = _kernel_block() if vectorized else 0
-    return Int4Support(block, bf16, (128 if bf16 else 256) if block else 0)
+    return Int4Support(block, bf16, 256 if block else 0)
 
 # %% ../../nbs/82_quantization.packed.ipynb #744c8361
 _KERNEL_GROUPS = (32, 64, 128, 256) # the sizes that the kernel was written for
@@ -322,40 +317,40 @@ class Int4Linear(QuantizedLinear):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.record().items())
 
-# %% ../../nbs/82_quantization.packed.ipynb #871782c8
+# %% ../../nbs/82_quantization.packed.ipynb #ddf4ed44
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-) # from the QLoRA paper (2023), appendix E
+) # the table in appendix E of Dettmers et al. 2023, float32
 
 _NF4_EDGES = tuple((a + b) / 2 for a, b in itertools.pairwise(NF4_LEVELS)) # halfway between two levels
 
-# %% ../../nbs/82_quantization.packed.ipynb #66e82637
-_CHUNK = 256 # scales that share a scale of their own
+# %% ../../nbs/82_quantization.packed.ipynb #df954640
+_CHUNK = 256 # scales that share a grid
 
 def double_quantize(
     scale: Tensor, # (n,) positive
 ) -> tuple[Tensor, Tensor]: # (n,) uint8 codes, and (chunks, 2) bfloat16: the lowest logarithm, and the step
-    "Eight bits for each scale, on an even grid of logarithms: chunks of 256 share one."
+    "Eight bits for each scale, on an even grid of logarithms for every 256 of them. Raises `InputError` for scales that have none."
+    if not len(scale) or not (scale > 0).all() or not scale.isfinite().all():
+        raise InputError(f"{len(scale)} scales, not all of them positive numbers", fix="a group of zeros can have any positive scale")
     logs = scale.double().log()
-    codes, grid = [], []
-    for chunk in logs.split(_CHUNK):
-        low, high = chunk.aminmax()
-        start = (low - low.abs() / 128).bfloat16()
-        step = ((high - start.double()) / 255 * (1 + 1 / 128)).bfloat16()
-        codes.append(((chunk - start.double()) / step.double().clamp(min=1e-30)).round().clamp(0, 255).to(torch.uint8))
-        grid.append(torch.stack([start, step]))
-    return torch.cat(codes), torch.stack(grid)
+    chunks = torch.cat([logs, logs[-1:].expand(-len(logs) % _CHUNK)]).view(-1, _CHUNK)
+    low, high = chunks.aminmax(dim=1, keepdim=True)
+    low = (low - low.abs() / 128).bfloat16().double() # rounded down, and the step up: every logarithm stays on the grid
+    step = ((high - low) / 255 * (1 + 1 / 128)).bfloat16().double()
+    codes = ((chunks - low) / step.clamp(min=1e-30)).round().to(torch.uint8)
+    return codes.flatten()[: len(logs)], torch.cat([low, step], 1).bfloat16()
 
 def undouble(
     codes: Tensor, # (n,) uint8
-    grid: Tensor, # (chunks, 2)
+    grid: Tensor, # (chunks, 2), from `double_quantize`
 ) -> Tensor: # (n,) float64
     "The scales that eight bits stand for."
-    start, step = grid.double().repeat_interleave(_CHUNK, 0)[: len(codes)].unbind(1)
-    return (start + step * codes).exp()
+    low, step = grid.double().repeat_interleave(_CHUNK, 0)[: len(codes)].unbind(1)
+    return (low + step * codes).exp()
 
 # %% ../../nbs/82_quantization.packed.ipynb #bb6e3973
 def _dequantize_nf4(
