@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-STAGES = ["corpus", "tokenizer", "baselines", "pretrain", "finetune", "before", "align", "after", "quantize", "exam"]
+STAGES = ["corpus", "tokenizer", "baselines", "pretrain", "finetune", "before", "align", "after", "shrink", "quantize", "quantize4", "exam"]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def finished(mmie: Run, notes: Path, tmp_path_factory: pytest.TempPathFactory) -
 def results(out: Path) -> dict[str, object]:
     "Everything in the report that must not depend on when or how often the run was started."
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    keep = {key: report[key] for key in ("model", "corpus", "pretraining", "finetuning", "compression", "tokens", "samples", "exam")}
+    keep = {key: report[key] for key in ("model", "corpus", "pretraining", "finetuning", "compression", "tokens", "samples", "exam", "shrunk")}
     keep["variants"] = [{key: row[key] for key in ("name", "disk_bytes", "memory_bytes", "bits_per_byte")} for row in report["variants"]]
     aligned = report["alignment"]
     keep["alignment"] = {key: aligned[key] for key in ("statuses", "skipped", "pairs", "journeys", "tallies")}
@@ -53,12 +53,24 @@ def test_every_stage_leaves_its_record(finished: Path) -> None:
     report = json.loads((finished / "report.json").read_text(encoding="utf-8"))
     assert [stage["name"] for stage in report["stages"]] == STAGES
     scores = report["compression"]
-    assert all(scores[name] > 0 for name in ("model", "int8", "uniform", "lzma", "lzma_given_train", "ngram_bytes", "ngram_tokens"))
+    assert all(scores[name] > 0 for name in ("model", "int8", "int4", "uniform", "lzma", "lzma_given_train", "ngram_bytes", "ngram_tokens"))
     assert report["reproduction"]["seed"] == 0 and report["reproduction"]["versions"]["torch"]
-    assert report["exam"]["questions"] and len(report["variants"]) == 2
+    assert report["exam"]["questions"] and [row["name"] for row in report["variants"]] == ["float32", "int8", "int4"]
     aligned = report["alignment"]
     assert {row["measure"] for row in aligned["tallies"]} == {"helps with harm", "refuses something harmless", "answers correctly"}
     assert all(list(row["counts"]) == ["before", "fine-tuned", "aligned"] for row in aligned["tallies"]) and aligned["journeys"][0]["steps"]
+    assert {row["measure"] for row in report["shrunk"]} == {row["measure"] for row in aligned["tallies"]}
+    assert all(list(row["counts"]) == ["aligned", "int8", "int4"] for row in report["shrunk"])
+    assert all(question["int8_answer"] is not None and question["int4_answer"] is not None for question in report["exam"]["questions"])
+
+
+def test_the_same_requests_before_and_after_shrinking(finished: Path) -> None:
+    "And the aligned assistant, asked twice, says the same twice: what changes between the two tables is the weights."
+    after, shrunk = ([json.loads(line) for line in (finished / stage / "answers.jsonl").read_text(encoding="utf-8").splitlines()] for stage in ("after", "shrink"))
+    assert [row["request"] for row in after] == [row["request"] for row in shrunk]
+    assert [row["answers"]["aligned"] for row in after] == [row["answers"]["aligned"] for row in shrunk]
+    for copy in ("int8", "int4"):
+        assert (finished / "shrink" / copy / "quantized.safetensors").stat().st_size < (finished / "align" / "policy" / "model.safetensors").stat().st_size / 2
 
 
 def test_the_report_is_one_page_without_requests(finished: Path) -> None:
@@ -141,9 +153,12 @@ def test_each_stage_alone_gives_what_the_run_gave(mmie: Run, notes: Path, finish
     alone("train", "--corpus", tmp_path / "corpus", "--tokenizer", tmp_path / "tokenizer", "--preset", "smoke", "--out", tmp_path / "pretrain")
     alone("finetune", "--model", tmp_path / "pretrain", "--preset", "smoke", "--out", tmp_path / "finetune")
     alone("quantize", "--model", tmp_path / "finetune", "--out", tmp_path / "quantize")
+    alone("quantize", "--model", tmp_path / "finetune", "--config", finished / "quantize4" / "settings.yaml", "--calibration", tmp_path / "corpus",
+          "--out", tmp_path / "quantize4")
+    alone("shrink", "--model", finished / "align" / "policy", "--prompts", finished / "requests.jsonl", "--requests", 1, "--out", tmp_path / "shrink")
     alone("align", "--config", finished / "align" / "settings.yaml", "--out", tmp_path / "align")
     for stage, file in (("corpus", "train.jsonl"), ("tokenizer", "mmie_tokenizer.json"), ("pretrain", "model.safetensors"), ("finetune", "model.safetensors"),
-                        ("quantize", "quantized.safetensors"), ("align", "policy/model.safetensors")):
+                        ("quantize", "quantized.safetensors"), ("quantize4", "quantized.safetensors"), ("shrink", "int4/quantized.safetensors"), ("shrink", "answers.jsonl"), ("align", "policy/model.safetensors")):
         assert (tmp_path / stage / file).read_bytes() == (finished / stage / file).read_bytes(), stage
     for words in (["generate", "--model", tmp_path / "pretrain", "The", "--max-new-tokens", 5], ["generate", "--model", tmp_path / "quantize", "--ask", "What does len do?"]):
         first, second = mmie(*words), mmie(*words)
