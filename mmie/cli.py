@@ -143,7 +143,7 @@ def _run(
     ] = None, # which assistant to align
     seed: _Seed = None, # of all randomness
 ) -> None:
-    """Raise a model from text to report: corpus, tokenizer, pretraining, fine-tuning, alignment of an assistant, int8, exam.
+    """Raise a model from text to report: corpus, tokenizer, pretraining, fine-tuning, alignment of an assistant, int8 and int4, exam.
 
     A finished stage is not run again. Stop with Ctrl-C whenever you like: the same command goes on from there.
     """
@@ -428,20 +428,57 @@ def _generate(
         typer.echo(piece, nl=False)
     typer.echo()
 
-# %% ../nbs/94_cli.ipynb #c51d7719
-@app.command("quantize", epilog="Example:  mmie quantize --model runs/tiny/finetune --out work/int8")
+# %% ../nbs/94_cli.ipynb #8877ca4a
+_Calibration = Annotated[
+    list[Path],
+    typer.Option("--calibration", help="Text like that which the model will read: files, folders, or what `mmie corpus` wrote. Repeat for more."),
+]
+_Decoder = Annotated[
+    str, typer.Option("--model", help="Folder of a decoder with its tokenizer, or one that comes with mmie, such as mmie-tiny-aligned."),
+]
+
+@app.command("quantize", epilog="Four bits:  mmie quantize --model runs/tiny/finetune --method int4_weight --calibration notes/ "
+                                "--config gptq.yaml --out work/int4     where gptq.yaml says `{group: 32, rounding: gptq}`")
 def _quantize(
-    model: _Model, # folder
+    model: _Decoder, # folder
     out: _Out, # where the result goes
     method: Annotated[
-        str, typer.Option(help="How: int8_weight stores each weight in 8 bits."),
-    ] = "int8_weight", # how to store the weights
+        str | None,
+        typer.Option(help="int8_weight (when left out): 8 bits, a scale per row; the safe choice. int8_dynamic: inputs in 8 bits, too; for speed. "
+                          "int8_static: the same, with ranges found beforehand. llm_int8: dynamic, but loud columns stay floats. "
+                          "int4_weight, nf4_weight: 4 bits, a scale per group; the smallest. auto: what suits this machine."),
+    ] = None, # how to store the weights
+    calibration: _Calibration = [], # text that the model might read # noqa: B006
+    config: Annotated[
+        Path | None, typer.Option(help="YAML or JSON file with fields of QuantConfig: group, rounding, smoothing, layers, skip and more."),
+    ] = None, # everything else
+    seed: _Seed = None, # which windows of the text
 ) -> None:
-    "Write a smaller copy of a model."
+    """Write a smaller copy of a model, with its weights in eight bits or four.
+
+    The copy works wherever the model does: generate, assess, exam. What can't be done is said before anything is written.
+    """
     from mmie.lifecycle import quantize_pair
-    _tell(quantize_pair(model, out, method=method))
+    from mmie.quantization.post_training import QuantConfig, quant_preset
+    said = {"method": quant_preset().method} if method == "auto" else _given(method=method)
+    _tell(quantize_pair(model, out, method=QuantConfig.read(config, **said), calibration=calibration, seed=seed or 0))
 
 
+@app.command("shrink", epilog="Example:  mmie shrink --model mmie-tiny-aligned --prompts requests.jsonl --out work/shrunk")
+def _shrink(
+    model: _Decoder, # an assistant
+    prompts: Annotated[Path, typer.Option(help='Requests to calibrate with: .jsonl with a field "prompt", as for `mmie align`.')], # file
+    out: _Out, # where the result goes
+    n: Annotated[
+        int, typer.Option("--requests", min=1, help="Requests of each harmful category to ask; four times as many harmless ones."),
+    ] = 12, # of each
+    seed: _Seed = None, # of the world, and of the draw
+) -> None:
+    "Make int8 and int4 copies of an assistant of the small world, and count whether they still refuse what they should."
+    from mmie.lifecycle import run_config, shrink_assistant
+    _tell(shrink_assistant(model, prompts, out, run_config(n_asked=n, seed=seed or 0)))
+
+# %% ../nbs/94_cli.ipynb #4c6d7cc0
 @app.command("export", epilog="Example:  mmie export --model runs/tiny/finetune --out work/hf")
 def _export(
     model: _Model, # folder
@@ -472,12 +509,14 @@ def _exam(
     fine_tuned: Annotated[Path, typer.Option(help="Folder of the assistant.")], # folder
     int8: Annotated[Path, typer.Option(help="Folder of the quantized assistant.")], # folder
     out: _Out, # where the result goes
+    int4: Annotated[Path | None, typer.Option(help="Folder of one in four bits.")] = None, # folder
     questions: _Questions = None, # pairs to learn
     seed: _Seed = None, # of all randomness
 ) -> None:
     "Ask every age of a model the same questions, and measure sizes and speeds."
     from mmie.lifecycle import examine
-    _tell(examine(corpus, {"pretrained": pretrained, "fine-tuned": fine_tuned, "int8": int8}, out, questions=questions, seed=seed or 0))
+    ages = _given(**{"pretrained": pretrained, "fine-tuned": fine_tuned, "int8": int8, "int4": int4})
+    _tell(examine(corpus, ages, out, questions=questions, seed=seed or 0))
 
 
 @app.command("report", epilog="Example:  mmie report --run runs/tiny")

@@ -43,7 +43,7 @@ from .measure import format_bytes
 from .models.decoder import DecoderLM, ModelConfig, model_folder
 from .models.generation import generate
 from .models.ngram import compressor_bars
-from .quantization.post_training import QuantConfig, load_quantized, quantize, save_quantized, size_report
+from .quantization.post_training import QuantConfig, check_compatible, load_quantized, quantize, save_quantized, size_report
 from mmie.stages import (
     STAGE_MARK, STAGE_SETTINGS, Finished, Made, Reproduction, Stage, claim_folder, read_mark, released_on_mistakes, run_in_order,
 )
@@ -546,6 +546,7 @@ def quantize_pair(
     stage = QUANTIZE4 if config.method in ("int4_weight", "nf4_weight") else QUANTIZE
     def work(folder: Path) -> Made:
         decoder, words = _load_model(model), load_tokenizer(model_folder(model))
+        _check_text(decoder, config, calibration)
         config.write(folder / STAGE_SETTINGS)
         small = quantize(decoder, config, _calibration(calibration, decoder, words, seed))
         words.save(folder)
@@ -558,6 +559,17 @@ def quantize_pair(
     how = ["--method", config.method] if config == QuantConfig(method=config.method) else ["--config", out / STAGE_SETTINGS]
     settings = {"model": str(model), "config": config.model_dump(mode="json"), "calibration": list(map(str, calibration)), "seed": seed}
     return stage.run(out, settings, work, ["quantize", "--model", model, *how, *read, "--seed", seed, "--out", out])
+
+
+def _check_text(
+    model: DecoderLM, # to be quantized
+    config: QuantConfig, # in this way
+    paths: Sequence[str | Path], # text
+) -> None:
+    "Raise `InputError` if text is what's missing."
+    without, cured = check_compatible(model, config), check_compatible(model, config, [])
+    if not paths and (missing := [finding for finding in without if finding not in cured]):
+        raise InputError(missing[0].what, fix="give text to calibrate with (--calibration), like that which the model will read")
 
 
 def _calibration(

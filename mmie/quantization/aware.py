@@ -20,7 +20,7 @@ from torch.autograd.function import FunctionCtx
 
 from ..core import InputError, Settings, did_you_mean
 from .activations import Calibration, Int8DynamicLinear, Int8StaticLinear, make_observer, quantize_tokens, watch_inputs
-from .affine import PER_ROW, PER_TENSOR, Granularity, QuantParams, choose_params, from_blocks, quantize_affine, to_blocks
+from .affine import PER_ROW, Granularity, QuantParams, choose_params, from_blocks, quantize_affine, to_blocks
 from .linear import Int8Linear, QuantizedLinear
 from .packed import Int4Linear
 from .post_training import QuantConfig, check_compatible, quantizable
@@ -37,7 +37,7 @@ class _Through(torch.autograd.Function):
         return instead.clone()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]: # type: ignore[override]
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 def straight_through(
@@ -87,7 +87,7 @@ def first_log_steps(
     bits: int, # 2 to 8
     granularity: Granularity, # which weights form a block
 ) -> Tensor: # (blocks,) logarithms of steps
-    "Where steps begin to learn: LSQ's guess, or the range if that's narrower. Raises `InputError` for NaN or infinite weights. Esser et al. 2019."
+    "Where steps begin: LSQ's guess, or the range if it's narrower. Raises `InputError` for NaN or infinite weights. Esser et al. 2019."
     span = choose_params(weight, bits=bits, granularity=granularity)
     guess = 2 * to_blocks(weight.detach(), granularity).abs().mean(1).to(span.scale.dtype) / math.sqrt(span.int_range[1])
     return torch.where(guess > 0, torch.minimum(guess, span.scale[:, 0]), span.scale[:, 0]).log()
@@ -105,7 +105,7 @@ class AwareConfig(Settings):
     @model_validator(mode="after")
     def _can_be_packed(self) -> "Self":
         if self.group is not None and (self.bits > 4 or self.inputs != "float" or self.group % 2):
-            raise ValueError("groups are packed as nibbles, two to a byte: even, at most 4 bits, and float inputs; use group=None for bytes")
+            raise ValueError("groups are packed as nibbles: even, at most 4 bits, and float inputs; use group=None for bytes")
         make_observer(self.observer)
         return self
 
@@ -132,6 +132,8 @@ def _own_weight(
 class AwareLinear(nn.Module):
     "A linear layer that computes with the weights it will have when it is packed. Jacob et al. 2018, Esser et al. 2019."
     bias: nn.Parameter | None
+    log_step: nn.Parameter | None
+    input_log_step: nn.Parameter | None
     input_zero: Tensor | None
 
     def __init__(
@@ -141,6 +143,8 @@ class AwareLinear(nn.Module):
         input_params: QuantParams | None = None, # for inputs="static": their first grid, asymmetric
     ) -> None:
         super().__init__()
+        if (config.inputs == "static") != (input_params is not None):
+            raise InputError(f"inputs are {config.inputs}", where="AwareLinear", fix="static inputs need input_params, others have none")
         self.config, self.weight = config, _own_weight(linear)
         self.granularity = PER_ROW if config.group is None else Granularity(group=config.group)
         self.register_parameter("bias", linear.bias) # type: ignore[arg-type]
@@ -152,9 +156,10 @@ class AwareLinear(nn.Module):
 
     def grid(self) -> QuantParams: # of the weights; with a gradient if steps are learned
         "Where the weights may be."
+        bits, granularity = self.config.bits, self.granularity
         if self.log_step is not None:
-            return learned_grid(self.log_step, self.config.bits, self.granularity)
-        return _stored(choose_params(self.weight, bits=self.config.bits, granularity=self.granularity).scale, self.config.bits, self.granularity)
+            return learned_grid(self.log_step, bits, granularity)
+        return _stored(choose_params(self.weight, bits=bits, granularity=granularity).scale, bits, granularity)
 
     def input_grid(self) -> QuantParams | None: # of the inputs, None unless they are static
         "Where the inputs may be."
@@ -229,8 +234,8 @@ def _input_params(
 ) -> dict[str, QuantParams]: # empty unless inputs are static
     "See what comes in. Raises `InputError` without data, or for data that isn't needed."
     if (config.inputs == "static") != (calibration is not None):
-        needs = "static inputs need calibration data to see their range" if calibration is None else f"calibration data, but inputs are {config.inputs}"
-        raise InputError(needs, fix="give calibration=batches for inputs='static', and only then")
+        what = f"{'no ' if calibration is None else ''}calibration data for {config.inputs} inputs"
+        raise InputError(what, fix="give calibration=batches for inputs='static', and only then")
     if calibration is None:
         return {}
     observers = {name: make_observer(config.observer) for name in names}
@@ -263,8 +268,11 @@ def prepare_aware(
     names = list(_layers(model, config))
     seen = _input_params(model, names, config, calibration)
     model = model if inplace else copy.deepcopy(model)
-    layers = {name: model.get_submodule(name) for name in names}
-    return _exchanged(model, {id(layer): AwareLinear(layer, config, seen.get(name)).train(layer.training) for name, layer in layers.items()})
+    new: dict[int, nn.Module] = {}
+    for name in names:
+        layer = model.get_submodule(name)
+        new[id(layer)] = AwareLinear(layer, config, seen.get(name)).train(layer.training)
+    return _exchanged(model, new)
 
 # %% ../../nbs/86_quantization.aware.ipynb #166c3747
 def _packed(
@@ -295,4 +303,4 @@ def convert_aware(
     if not layers:
         raise InputError("no layer of this model was trained for quantization", fix="prepare_aware(model), train, then convert_aware")
     memo: dict[int, nn.Module] = {id(layer): _packed(layer, backend).train(layer.training) for layer in layers}
-    return _exchanged(model, memo) if inplace else copy.deepcopy(model, memo) # type: ignore[arg-type]
+    return _exchanged(model, memo) if inplace else copy.deepcopy(model, dict(memo))

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -190,9 +191,9 @@ def outlier_figure(
     "The largest value of each channel, panel by panel, with the median as a dashed line."
     fig, axes = figure(ncols=len(channels), height=2.6, squeeze=False)
     for ax, (name, absmax) in zip(axes[0], channels.items(), strict=True):
-        values = absmax.detach().float().cpu()
+        values = absmax.detach().float().cpu().numpy()
         ax.bar(range(len(values)), values, width=1.0, color=PALETTE[0])
-        ax.axhline(values.median(), color=PALETTE[1], linestyle="--")
+        ax.axhline(float(np.median(values)), color=PALETTE[1], linestyle="--")
         ax.set(xlabel="channel", title=name)
     axes[0, 0].set(ylabel="largest absolute value")
     return fig

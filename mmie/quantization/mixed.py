@@ -349,6 +349,10 @@ def _check_new(cache: "Int8KVCache", k: Tensor) -> None:
     if k.requires_grad and torch.is_grad_enabled():
         raise InputError("a cache carries no gradients", fix="use torch.inference_mode() or torch.no_grad(), or train without")
 
+def _positions(self: "Int8KVCache") -> Tensor: # (length,) long
+    "Which word each key belongs to: the first to the first, and so on."
+    return torch.arange(self.length, device=next(iter(_parts(self.k).values())).device)
+
 def _truncate(
     self: "Int8KVCache", # gets shorter
     length: int, # positions to keep, from 0 to the present length
@@ -424,10 +428,7 @@ class Int8KVCache:
         "What is remembered, as real numbers."
         return self.k.read(self.length), self.v.read(self.length)
 
-    def positions(self) -> Tensor: # (length,) long
-        "Which word each key belongs to: the first to the first, and so on."
-        return torch.arange(self.length, device=next(iter(_parts(self.k).values())).device)
-
+    positions = _positions
     truncate = _truncate
     reorder = _reorder
     select = _select
@@ -441,7 +442,9 @@ def make_int8_cache(
     keys: KeyScales = "centered", # see `Int8KVCache`
     group: int = 32, # see `Int8KVCache`
 ) -> DecoderCache: # empty
-    "Memory in eight bits where a layer would keep every key. Raises `InputError` where none does."
+    "Memory in eight bits where a layer would keep every key. Raises `InputError` where none does, and for models that aren't ours."
+    if not isinstance(model, DecoderLM):
+        raise InputError(f"a {type(model).__name__} makes its own cache", where="make_int8_cache", fix="take DecoderLM.from_hf(model)")
     usual = make_cache(model, 0, max_length).layers
     dtypes = [layer.k.dtype for layer in usual if type(layer) is KVCache]
     if not dtypes:

@@ -225,6 +225,12 @@ def _pack_codes(
     return pack_nibbles((codes + 8).to(torch.uint8)), _grid(params, len(codes))
 
 # %% ../../nbs/82_quantization.packed.ipynb #8fd5a46c
+def _describe(
+    layer: QuantizedLinear, # of this chapter
+) -> str:
+    "What `print` shows of a layer: its record."
+    return ", ".join(f"{name}={value!r}" for name, value in layer.record().items())
+
 def _save_simple(
     layer: Any, # an `Int4Linear`
     state: dict[str, Tensor], # just made
@@ -314,8 +320,7 @@ class Int4Linear(QuantizedLinear):
         grid = torch.zeros(inputs // record["group"], outputs, 2, dtype=torch.bfloat16)
         return cls(torch.zeros(outputs, inputs // 2, dtype=torch.uint8), grid, backend=record["backend"])
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.record().items())
+    extra_repr = _describe
 
 # %% ../../nbs/82_quantization.packed.ipynb #ddf4ed44
 NF4_LEVELS = (
@@ -445,5 +450,4 @@ class NF4Linear(QuantizedLinear):
         grid = torch.zeros(-(-outputs * groups // _CHUNK), 2, dtype=torch.bfloat16) if record["double"] else None
         return cls(torch.zeros(outputs, inputs // 2, dtype=torch.uint8), scale, grid, backend=record["backend"])
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.record().items())
+    extra_repr = _describe
