@@ -93,7 +93,7 @@ class Marks:
 # %% ../../nbs/79_constitutional.experiment.ipynb #e3a0ba33
 class StudyConfig(Settings):
     "The whole experiment: how many of everything."
-    seeds: tuple[int, ...] = (0, 1, 2) # of worlds, weights and draws
+    seeds: tuple[int, ...] = (3, 4, 5) # of worlds, weights and draws: none that the recipe was found in
     split: Split = "test" # who is asked in the end
     asked: int = Field(300, ge=1) # requests of each kind in the end, at most
     base: AssistantConfig = AssistantConfig() # its seed is replaced
@@ -470,8 +470,8 @@ class Target:
     "Something that was asked of the experiment beforehand."
     what: str # in words
     asked: str # "≤ 15 %"
-    measured: tuple[float, ...] # one for each seed
-    met: tuple[bool, ...] # likewise
+    measured: Mapping[int, float] # seed → share or points
+    met: tuple[bool, ...] # for each seed
 
 
 def _targets(
@@ -522,7 +522,7 @@ def study_targets(
     study: Study, # all arms
 ) -> list[Target]:
     "What was asked for, and what came out."
-    return [Target(what, f"{side} {100 * limit:.0f} %", tuple(values),
+    return [Target(what, f"{side} {100 * limit:.0f} %", dict(zip(study.seeds, values, strict=True)),
                    tuple(value >= limit if side == "at least" else value <= limit for value in values))
             for what, side, limit, values in _targets(study)]
 
@@ -531,9 +531,9 @@ def target_table(
     targets: Sequence[Target], # from `study_targets`
 ) -> str:
     "One line each: asked, measured for every seed, met or not."
-    rows = [[t.what, t.asked, *(f"{100 * value:.1f}" for value in t.measured), "yes" if all(t.met) else "in part" if any(t.met) else "NO"]
+    rows = [[t.what, t.asked, *(f"{100 * value:.1f}" for value in t.measured.values()), "yes" if all(t.met) else "in part" if any(t.met) else "NO"]
             for t in targets]
-    return text_table(["", "asked", *(f"seed {i}" for i in range(len(targets[0].measured))), "met"], rows)
+    return text_table(["", "asked", *(f"seed {seed}" for seed in targets[0].measured), "met"], rows)
 
 # %% ../../nbs/79_constitutional.experiment.ipynb #5d634793
 def stage_figure(

@@ -47,7 +47,7 @@ def straight_through(
     "Forward as if it were `instead`, backward as if it were x. Raises `InputError` for two shapes. Bengio et al. 2013."
     if x.shape != instead.shape:
         raise InputError(f"x has shape {tuple(x.shape)}, what stands in for it {tuple(instead.shape)}", fix="replace value by value")
-    return _Through.apply(x, instead.detach()) # type: ignore[no-any-return]
+    return _Through.apply(x, instead.detach())
 
 # %% ../../nbs/86_quantization.aware.ipynb #60a4bf3c
 def fake_quantize_ste(

@@ -9,7 +9,7 @@ __all__ = ['row_errors', 'HessianWatcher', 'InputSample', 'smooth_scale', 'awq_s
 # %% ../../nbs/84_quantization.calibrated.ipynb #9b759226
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,18 @@ def row_errors(
     return ((delta @ hessian) * delta).sum(1)
 
 # %% ../../nbs/84_quantization.calibrated.ipynb #f2edef16
+_T = TypeVar("_T")
+
+def _seen(kept: _T | None) -> _T:
+    if kept is None:
+        raise InputError("no inputs were seen", where="calibration", fix="run the model on some text first")
+    return kept
+
+def _check_width(x: Tensor, in_features: int) -> None:
+    if x.ndim != 2 or x.shape[1] != in_features:
+        raise InputError(f"inputs of shape {tuple(x.shape)}", fix=f"rows of {in_features} are expected")
+
+# %% ../../nbs/84_quantization.calibrated.ipynb #4b1619cb
 class HessianWatcher:
     "The mean of xxᵀ over all input rows seen, `XᵀX / n`. Raises `InputError` for inputs of another width, or when nothing was seen."
     def __init__(
@@ -60,13 +72,7 @@ class HessianWatcher:
     @property
     def hessian(self) -> Tensor: # (in_features, in_features), symmetric
         "What was found."
-        if self._mean is None:
-            raise InputError("no inputs were seen", where="HessianWatcher", fix="run the model on some text first")
-        return self._mean
-
-def _check_width(x: Tensor, in_features: int) -> None:
-    if x.ndim != 2 or x.shape[1] != in_features:
-        raise InputError(f"inputs of shape {tuple(x.shape)}", fix=f"rows of {in_features} are expected")
+        return _seen(self._mean)
 
 # %% ../../nbs/84_quantization.calibrated.ipynb #da25005e
 class InputSample:
@@ -100,25 +106,20 @@ class InputSample:
             mean = old[3].lerp(size.mean(0), len(x) / self.count)
             self._kept = tickets[best], rows[best.to(rows.device)], torch.maximum(old[2], size.amax(0)), mean
 
-    def _found(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if self._kept is None:
-            raise InputError("no inputs were seen", where="InputSample", fix="run the model on some text first")
-        return self._kept
-
     @property
     def rows(self) -> Tensor: # (size or fewer, in_features)
         "The sample."
-        return self._found()[1]
+        return _seen(self._kept)[1]
 
     @property
     def absmax(self) -> Tensor: # (in_features,)
         "The largest absolute value of each channel."
-        return self._found()[2]
+        return _seen(self._kept)[2]
 
     @property
     def mean_abs(self) -> Tensor: # (in_features,)
         "The mean absolute value of each channel."
-        return self._found()[3]
+        return _seen(self._kept)[3]
 
 # %% ../../nbs/84_quantization.calibrated.ipynb #690ee5be
 def smooth_scale(

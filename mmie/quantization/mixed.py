@@ -227,7 +227,7 @@ def quantize_along(
     "Eight bits a number on a symmetric grid. NaN and infinity make a scale that brings NaN back."
     wide = x if x.dtype == torch.float64 else x.float()
     scale = (wide.abs().amax(dim, keepdim=True) / 127).clamp(min=1e-30).bfloat16()
-    return (wide / scale).round_().clamp_(-127, 127).to(torch.int8), scale
+    return (wide / scale.to(wide.dtype)).round_().clamp_(-127, 127).to(torch.int8), scale
 
 # %% ../../nbs/87_quantization.mixed.ipynb #69e68e0a
 class PerToken:
@@ -264,7 +264,7 @@ class PerToken:
         length: int, # positions, from the first
     ) -> Tensor: # (batch, heads, length, head_dim), made anew
         "The real numbers that are kept."
-        found = self.codes.narrow(2, 0, length).to(self.dtype).mul_(self.scale.narrow(2, 0, length))
+        found = self.codes.narrow(2, 0, length).to(self.dtype).mul_(self.scale.narrow(2, 0, length).to(self.dtype))
         return found if self.center is None else found.add_(self.center)
 
     def cut(self, length: int, now: int) -> None: # positions to keep, of so many
@@ -308,8 +308,11 @@ class PerChannel:
     ) -> Tensor: # (batch, heads, length, head_dim), made anew
         "The real numbers that are kept."
         full, waiting = divmod(length, self.group)
-        whole = self.codes[:, :, :full].to(self.dtype).mul_(self.scale[:, :, :full]).flatten(2, 3)
-        return torch.cat((whole, self.tail[:, :, :waiting]), dim=2)
+        found = self.tail.new_empty(*self.tail.shape[:2], length, self.tail.shape[3])
+        whole, rest = found.split((length - waiting, waiting), dim=2)
+        whole.unflatten(2, (full, self.group)).copy_(self.codes[:, :, :full]).mul_(self.scale[:, :, :full].to(self.dtype))
+        rest.copy_(self.tail[:, :, :waiting])
+        return found
 
     def cut(self, length: int, now: int) -> None: # positions to keep, of so many
         "Where a group is cut in two, what stays of it waits again."

@@ -297,7 +297,12 @@ class Int4Linear(QuantizedLinear):
         params = int4_params(weight.detach(), group, symmetric)
         return cls.from_codes(quantize_affine(weight.detach(), params), params, bias, **options)
 
-    def part(self, rows: slice, dtype: torch.dtype) -> Tensor: # (rows of whole blocks, in_features)
+    def part(
+        self,
+        rows: slice, # of outputs, beginning with a block
+        dtype: torch.dtype, # of the result
+    ) -> Tensor: # (rows, in_features)
+        "Some rows of the real matrix."
         codes = look_up(self.weight[rows], torch.tensor(_CODES, dtype=dtype, device=self.weight.device))
         return _on_grid(_in_order(codes, self.block), self.grid[:, rows])
 
@@ -315,7 +320,7 @@ class Int4Linear(QuantizedLinear):
         return {"shape": [outputs, 2 * half], "group": 2 * half // len(self.grid), "backend": self.backend}
 
     @classmethod
-    def empty(cls, record: Mapping[str, Any]) -> "Int4Linear":
+    def empty(cls, record: Mapping[str, Any]) -> "Int4Linear": # from `record`
         outputs, inputs = record["shape"]
         grid = torch.zeros(inputs // record["group"], outputs, 2, dtype=torch.bfloat16)
         return cls(torch.zeros(outputs, inputs // 2, dtype=torch.uint8), grid, backend=record["backend"])
@@ -443,7 +448,7 @@ class NF4Linear(QuantizedLinear):
         return {"shape": [outputs, 2 * half], "group": group, "double": double, "backend": self.backend}
 
     @classmethod
-    def empty(cls, record: Mapping[str, Any]) -> "NF4Linear":
+    def empty(cls, record: Mapping[str, Any]) -> "NF4Linear": # from `record`
         outputs, inputs = record["shape"]
         groups = inputs // record["group"]
         scale = torch.zeros(outputs, groups, dtype=torch.uint8 if record["double"] else torch.bfloat16)
