@@ -230,7 +230,31 @@ def test_from_codes_is_from_weight_and_refuses_other_grids() -> None:
         storable_params(dataclasses.replace(bad, scale=bad.scale.double() * 1e10))
 
 
-def test_tables_are_bitsandbytes() -> None:
-    bnb = pytest.importorskip("bitsandbytes")
-    theirs = bnb.functional.get_4bit_type("nf4", device="cpu")
-    assert torch.tensor(NF4_LEVELS).equal(theirs)
+def test_nf4_codes_are_bitsandbytes() -> None:
+    bnb = pytest.importorskip("bitsandbytes").functional
+    torch.manual_seed(0)
+    weight = torch.randn(64, 128).bfloat16().float() # so that the largest of each group is a scale that we store exactly
+    theirs, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    layer = NF4Linear.from_weight(weight, double=False)
+    assert torch.tensor(NF4_LEVELS).equal(state.code.cpu())
+    swapped = theirs.view(64, 64) >> 4 | theirs.view(64, 64) << 4 # its first code is in the high half
+    assert swapped.equal(layer.weight) and layer.dense().equal(bnb.dequantize_4bit(theirs, state))
+
+
+def test_double_quantization_costs_no_more_than_bitsandbytes() -> None:
+    bnb = pytest.importorskip("bitsandbytes").functional
+    torch.manual_seed(0)
+    weight = torch.randn(256, 1024)
+    theirs = bnb.dequantize_4bit(*bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True))
+    assert (NF4Linear.from_weight(weight).dense() - weight).norm() <= (theirs - weight).norm() * 1.001
+
+
+def test_int4_codes_are_torchaos() -> None:
+    theirs = pytest.importorskip("torchao.quantization.quant_primitives")
+    torch.manual_seed(0)
+    weight = torch.randn(64, 128)
+    params = int4_params(weight, 64)
+    scale, zero = params.scale.view(64, 2), params.zero_point.view(64, 2)
+    codes = theirs.quantize_affine(weight, (1, 64), scale, zero, torch.int8, -8, 7)
+    dense = theirs.dequantize_affine(codes, (1, 64), scale, zero, torch.int8, -8, 7)
+    assert codes.equal(quantize_affine(weight, params)) and dense.equal(Int4Linear.from_weight(weight).dense())
