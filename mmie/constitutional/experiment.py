@@ -531,8 +531,9 @@ def target_table(
     targets: Sequence[Target], # from `study_targets`
 ) -> str:
     "One line each: asked, measured for every seed, met or not."
-    rows = [[t.what, t.asked, *(f"{100 * value:.1f}" for value in t.measured.values()), "yes" if all(t.met) else "in part" if any(t.met) else "NO"]
-            for t in targets]
+    def met(target: Target) -> str:
+        return "yes" if all(target.met) else "in part" if any(target.met) else "NO"
+    rows = [[t.what, t.asked, *(f"{100 * value:.1f}" for value in t.measured.values()), met(t)] for t in targets]
     return text_table(["", "asked", *(f"seed {seed}" for seed in targets[0].measured), "met"], rows)
 
 # %% ../../nbs/79_constitutional.experiment.ipynb #5d634793

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['Calibration', 'Observer', 'OBSERVERS', 'Watcher', 'watch_inputs', 'outlier_figure', 'MinMaxObserver',
            'MovingAverageObserver', 'Tally', 'PercentileObserver', 'MSEObserver', 'HistogramObserver', 'make_observer',
-           'integer_kernel', 'integer_product', 'quantize_tokens', 'Int8DynamicLinear', 'Int8StaticLinear',
-           'outlier_columns', 'OutlierLinear']
+           'integer_kernel', 'integer_product', 'quantize_tokens', 'dynamic_product', 'Int8DynamicLinear',
+           'Int8StaticLinear', 'outlier_columns', 'OutlierLinear']
 
 # %% ../../nbs/83_quantization.activations.ipynb #abdf05dd
 import contextlib
 import functools
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +132,7 @@ def watch_inputs(
 
 def _with_bar(batches: Calibration) -> Calibration:
     from tqdm.auto import tqdm
-    return tqdm(batches, desc="calibration")
+    return cast(Calibration, tqdm(batches, desc="calibration"))
 
 # %% ../../nbs/83_quantization.activations.ipynb #33bb949c
 def outlier_figure(
@@ -395,20 +395,21 @@ def _plain_product(
     return y
 
 # %% ../../nbs/83_quantization.activations.ipynb #ff738642
-_PORTION, _LONG = 1 << 20, 2048 # bytes that stay in the cache; rows that the kernel itself reads well
+_PORTION, _LONG = 1 << 20, 2560 # bytes that stay in the cache; rows that the kernel itself reads well
 
 def _kernel_product(
     xq: Tensor, # (rows, in_features) int8
     wq: Tensor, # (out_features, in_features) int8
 ) -> Tensor: # (rows, out_features) int32
     "Multiply by torch's integer kernel; for a single row, fetch the weights first."
-    if len(xq) > 1 or wq.shape[1] >= _LONG or wq.numel() < _PORTION // 4:
+    size = wq.numel()
+    if len(xq) > 1 or wq.shape[1] >= _LONG or size < _PORTION // 4:
         return torch._int_mm(xq, wq.t())
-    parts = []
-    for part in wq.split(max(1, _PORTION // wq.shape[1])):
-        part.max() # only to have it read
-        parts.append(torch._int_mm(xq, part.t()))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if size > _PORTION:
+        parts = wq.split(max(1, _PORTION // wq.shape[1]))
+        return torch.cat([_kernel_product(xq, part) for part in parts], dim=1) if len(parts) > 1 else torch._int_mm(xq, wq.t())
+    wq.max() # only to have it read
+    return torch._int_mm(xq, wq.t())
 
 # %% ../../nbs/83_quantization.activations.ipynb #5599cb8a
 @functools.cache
@@ -448,7 +449,7 @@ def quantize_tokens(
 def _nothing(device: torch.device) -> Tensor:
     return torch.zeros(1, device=device, dtype=torch.float32)
 
-def _dynamic_product(
+def dynamic_product(
     x: Tensor, # (rows, in_features), not float64
     weight: Tensor, # (out_features, in_features) int8
     scale: Tensor, # (out_features,) or (1,)
@@ -456,7 +457,7 @@ def _dynamic_product(
     "Round each row, multiply whole numbers, scale."
     if len(x) != 1:
         codes, steps = quantize_tokens(x)
-        return (integer_product(codes, weight) * steps).mul_(scale)
+        return integer_product(codes, weight).float().mul_(steps).mul_(scale)
     row = x.float()
     step = max(row.abs().max().item() / 127, torch.finfo(torch.float32).tiny)
     codes = (row / step).round_().to(torch.int8)
@@ -465,12 +466,11 @@ def _dynamic_product(
 # %% ../../nbs/83_quantization.activations.ipynb #a880cfdc
 def _kept_scale(
     params: QuantParams, # of a weight: per row, or one for all
-) -> Tensor: # (out_features,) or (1,): bfloat16 where that loses nothing, else float32
+) -> Tensor: # (out_features,) or (1,), float32
     "The scales as a layer keeps them. Raises `InputError` for a grid that the scale can't leave the sum of."
     if params.granularity not in (PER_ROW, PER_TENSOR) or bool(params.zero_point.any()):
         raise InputError("weights with groups or zero points", fix="use a symmetric grid with one scale for each row, or one for all")
-    scale = params.scale.flatten()
-    return scale.bfloat16() if scale.bfloat16().to(scale.dtype).equal(scale) else scale.float()
+    return params.scale.flatten().float()
 
 def _weight_params(
     weight: Tensor, # (out_features, in_features), floating point
@@ -544,12 +544,11 @@ def _goes_plain(
     return layer.backend == "plain" or x.dtype == torch.float64 or (x.requires_grad and torch.is_grad_enabled())
 
 def _written_down(layer: _ByteWeights) -> dict[str, object]: # for JSON
-    scale = layer.scale
-    return {"shape": list(layer.weight.shape), "scales": len(scale), "scale_dtype": str(scale.dtype)[6:], "backend": layer.backend}
+    return {"shape": list(layer.weight.shape), "scales": len(layer.scale), "half": layer.scale.dtype == torch.bfloat16, "backend": layer.backend}
 
 def _blank(record: Mapping[str, Any]) -> tuple[Tensor, Tensor]: # codes and scales
-    dtype = torch.bfloat16 if record["scale_dtype"] == "bfloat16" else torch.float32
-    return torch.zeros(record["shape"], dtype=torch.int8), torch.ones(record["scales"], dtype=dtype)
+    scale = torch.ones(record["scales"], dtype=torch.bfloat16 if record["half"] else torch.float32)
+    return torch.zeros(record["shape"], dtype=torch.int8), scale
 
 def _shown(layer: _ByteWeights) -> str:
     outputs, inputs = layer.weight.shape
@@ -575,7 +574,8 @@ class Int8DynamicLinear(_ByteWeights, QuantizedLinear):
 
     def product(self, x: Tensor) -> Tensor: # (rows, in_features) → (rows, out_features)
         if not _goes_plain(self, x):
-            return _dynamic_product(x, self.weight, self.scale).to(x.dtype)
+            y = dynamic_product(x, self.weight, self.scale)
+            return y if x.dtype == y.dtype else y.to(x.dtype)
         codes, steps = quantize_tokens(x.detach())
         return F.linear(_straight_through(x, codes * steps), self.packed_dense(x.dtype))
 
@@ -595,7 +595,7 @@ def _grid_bits(
 ) -> Tensor: # (3,) int32: the bits of the step, the zero point, whether symmetric
     "A grid that no cast can round. Raises `InputError` for more than one block, or other bits."
     if params.scale.numel() != 1 or params.bits != 8:
-        raise InputError(f"an input on {params.scale.numel()} grids of {params.bits} bits", fix="use one grid of 8 bits for the whole input")
+        raise InputError(f"an input on {params.scale.numel()} grids of {params.bits} bits", fix="use one of 8 bits for the whole input")
     bits, = struct.unpack("<i", struct.pack("<f", float(params.scale)))
     return torch.tensor([bits, int(params.zero_point), int(params.symmetric)], dtype=torch.int32)
 
@@ -634,6 +634,7 @@ def _clipped(
 class Int8StaticLinear(_ByteWeights, QuantizedLinear):
     "A linear layer whose inputs are rounded on a grid that was chosen beforehand. Jacob et al. 2018."
     kind = "int8_static"
+    offset: nn.Parameter | None
 
     def __init__(
         self,
@@ -707,7 +708,7 @@ def _split_product(
         codes, steps = quantize_tokens(rest.detach())
         y = F.linear(_straight_through(rest, codes * steps), layer.packed_dense(x.dtype))
     else:
-        y = _dynamic_product(rest, layer.weight, layer.scale).to(x.dtype)
+        y = dynamic_product(rest, layer.weight, layer.scale).to(x.dtype)
     if not len(columns):
         return y
     real = layer.weight[:, columns].to(x.dtype) * layer.scale.to(x.dtype).unsqueeze(1)
@@ -717,6 +718,7 @@ def _split_product(
 class OutlierLinear(_ByteWeights, QuantizedLinear):
     "Bytes for most columns, floating point for the few that hold outliers. Dettmers et al. 2022."
     kind = "llm_int8"
+    columns: nn.Parameter | None
 
     def __init__(
         self,
