@@ -10,7 +10,7 @@ __all__ = ['straight_through', 'fake_quantize_ste', 'learned_grid', 'first_log_s
 import copy
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -131,9 +131,6 @@ def _own_weight(
 # %% ../../nbs/86_quantization.aware.ipynb #6bf02f55
 class AwareLinear(nn.Module):
     "A linear layer that computes with the weights it will have when it is packed. Jacob et al. 2018, Esser et al. 2019."
-    bias: nn.Parameter | None
-    log_step: nn.Parameter | None
-    input_log_step: nn.Parameter | None
     input_zero: Tensor | None
 
     def __init__(
@@ -147,12 +144,12 @@ class AwareLinear(nn.Module):
             raise InputError(f"inputs are {config.inputs}", where="AwareLinear", fix="static inputs need input_params, others have none")
         self.config, self.weight = config, _own_weight(linear)
         self.granularity = PER_ROW if config.group is None else Granularity(group=config.group)
-        self.register_parameter("bias", linear.bias) # type: ignore[arg-type]
-        steps = first_log_steps(self.weight, config.bits, self.granularity)
-        self.register_parameter("log_step", nn.Parameter(steps) if config.learn_steps else None)
-        fixed = None if input_params is None else nn.Parameter(input_params.scale.flatten().log(), requires_grad=config.learn_steps)
-        self.register_parameter("input_log_step", fixed)
-        self.register_buffer("input_zero", None if input_params is None else input_params.zero_point.flatten())
+        self.bias = cast("nn.Parameter | None", linear.bias)
+        first = first_log_steps(self.weight, config.bits, self.granularity)
+        self.log_step = nn.Parameter(first) if config.learn_steps else None
+        at = input_params
+        self.input_log_step = None if at is None else nn.Parameter(at.scale.flatten().log(), requires_grad=config.learn_steps)
+        self.register_buffer("input_zero", None if at is None else at.zero_point.flatten())
 
     def grid(self) -> QuantParams: # of the weights; with a gradient if steps are learned
         "Where the weights may be."
