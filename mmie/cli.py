@@ -431,7 +431,7 @@ def _generate(
 # %% ../nbs/94_cli.ipynb #8877ca4a
 _Calibration = Annotated[
     list[Path],
-    typer.Option("--calibration", help="Text like that which the model will read: files, folders, or what `mmie corpus` wrote. Repeat for more."),
+    typer.Option("--calibration", help="Text like that which the model will read: files or folders, as for --corpus. Repeat for more."),
 ]
 _Decoder = Annotated[
     str, typer.Option("--model", help="Folder of a decoder with its tokenizer, or one that comes with mmie, such as mmie-tiny-aligned."),
@@ -444,8 +444,8 @@ def _quantize(
     out: _Out, # where the result goes
     method: Annotated[
         str | None,
-        typer.Option(help="int8_weight (when left out): 8 bits, a scale per row; the safe choice. int8_dynamic: inputs in 8 bits, too; for speed. "
-                          "int8_static: the same, with ranges found beforehand. llm_int8: dynamic, but loud columns stay floats. "
+        typer.Option(help="int8_weight (when left out): 8 bits, a scale per row; the safe choice. int8_dynamic: inputs in 8 bits, "
+                          "too; for speed. int8_static: the same, with ranges found beforehand. llm_int8: dynamic, but loud columns stay floats. "
                           "int4_weight, nf4_weight: 4 bits, a scale per group; the smallest. auto: what suits this machine."),
     ] = None, # how to store the weights
     calibration: _Calibration = [], # text that the model might read # noqa: B006
@@ -463,7 +463,32 @@ def _quantize(
     said = {"method": quant_preset().method} if method == "auto" else _given(method=method)
     _tell(quantize_pair(model, out, method=QuantConfig.read(config, **said), calibration=calibration, seed=seed or 0))
 
+# %% ../nbs/94_cli.ipynb #25841843
+@app.command("prune", epilog="Half of each four:  mmie prune --model runs/tiny/finetune --method sparsegpt --pattern 2:4 "
+                             "--calibration notes/ --out work/sparse")
+def _prune(
+    model: _Decoder, # folder
+    out: _Out, # where the result goes
+    method: Annotated[
+        str | None,
+        typer.Option(help="magnitude (when left out): the smallest weights go. wanda: those that contribute least to what is read. "
+                          "sparsegpt: the others make up for them. structured: whole hidden units, so that the matrices get smaller."),
+    ] = None, # what goes
+    sparsity: Annotated[float | None, typer.Option(min=0, max=1, help="Share of the weights that go; half when left out.")] = None, # 0 to 1
+    pattern: Annotated[str | None, typer.Option(help="Such as 2:4: of each four neighbors, two stay.")] = None, # or any place
+    calibration: _Calibration = [], # text that the model might read # noqa: B006
+    config: Annotated[
+        Path | None, typer.Option(help="YAML or JSON file with fields of PruneConfig: heads, refit, layers, skip and more."),
+    ] = None, # everything else
+    seed: _Seed = None, # which windows of the text
+) -> None:
+    "Write a copy of a model without the weights, or the units, that matter least."
+    from mmie.lifecycle import prune_pair
+    from mmie.pruning import PruneConfig
+    said = _given(method=method, sparsity=sparsity, pattern=pattern)
+    _tell(prune_pair(model, out, config=PruneConfig.read(config, **said), calibration=calibration, seed=seed or 0))
 
+# %% ../nbs/94_cli.ipynb #28ddeecf
 @app.command("shrink", epilog="Example:  mmie shrink --model mmie-tiny-aligned --prompts requests.jsonl --out work/shrunk")
 def _shrink(
     model: _Decoder, # an assistant
@@ -568,6 +593,27 @@ def _bench_decode(
     from mmie.bench import bench_decode
     from mmie.models.decoder import DecoderLM
     for table in bench_decode(None if model is None else DecoderLM.load(model), new=new, repeats=repeats):
+        typer.echo(f"{table}\n")
+
+@_bench.command("quantization", epilog="Your own model:  mmie bench quantization --model runs/tiny/finetune")
+def _bench_quantization(
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a decoder; by default a wide one with random weights, and the packaged assistant for the price."),
+    ] = None, # folder
+    d_model: Annotated[int, typer.Option(min=64, help="Without --model: how wide, a multiple of 64.")] = 1024, # width
+    layers: Annotated[int, typer.Option(min=1, help="Without --model: how many blocks.")] = 8, # blocks
+    new: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 64, # tokens
+    repeats: _Repeats = 3, # rounds
+) -> None:
+    """Write, read a prompt and multiply in every format, beside bfloat16, torchao and PyTorch's quantize_dynamic, in turns.
+
+    Then the price: what each format costs in bits, on text that a trained model wrote itself. The speed column says how many times
+    faster than float32 a row is. Libraries that aren't installed are left out.
+    """
+    from mmie.bench import bench_quantization
+    from mmie.models.decoder import DecoderLM
+    loaded = None if model is None else DecoderLM.load(model)
+    for table in bench_quantization(loaded, d_model=d_model, n_layers=layers, new=new, repeats=repeats):
         typer.echo(f"{table}\n")
 
 @_bench.command("train-step")

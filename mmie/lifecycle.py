@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CORPUS', 'MINIMUM_BYTES', 'TOKENIZER', 'EOS', 'RUN_PRESETS', 'PRETRAIN', 'BASELINES', 'FINETUNE', 'ASSISTANT',
-           'BEFORE', 'AFTER', 'QUANTIZE', 'QUANTIZE4', 'SHRINK', 'EXPORT', 'EXAM', 'SAMPLING', 'RUN', 'STAGES',
+           'BEFORE', 'AFTER', 'QUANTIZE', 'QUANTIZE4', 'PRUNE', 'SHRINK', 'EXPORT', 'EXAM', 'SAMPLING', 'RUN', 'STAGES',
            'make_corpus', 'load_corpus', 'make_tokenizer', 'RunConfig', 'run_config', 'new_model', 'save_pair',
            'load_marked', 'load_pair', 'pretrain', 'set_the_bar', 'finetuning_pairs', 'finetune', 'raise_assistant',
            'measure_assistants', 'align_assistant', 'calibration_windows', 'read_calibration', 'quantize_pair',
-           'shrink_assistant', 'export_pair', 'openings', 'continue_text', 'decoding_speed', 'examine', 'run_stages',
-           'assemble', 'write_run_report', 'run_life']
+           'prune_pair', 'shrink_assistant', 'export_pair', 'openings', 'continue_text', 'decoding_speed', 'examine',
+           'run_stages', 'assemble', 'write_run_report', 'run_life']
 
 # %% ../nbs/93_lifecycle.ipynb #3eb9056e
 import itertools
@@ -43,6 +43,7 @@ from .measure import format_bytes
 from .models.decoder import DecoderLM, ModelConfig, model_folder
 from .models.generation import generate
 from .models.ngram import compressor_bars
+from .pruning import PruneConfig, pack_pruned, prune_model, sparsity_report
 from .quantization.post_training import QuantConfig, check_compatible, load_quantized, quantize, save_quantized, size_report
 from mmie.stages import (
     STAGE_MARK, STAGE_SETTINGS, Finished, Made, Reproduction, Stage, claim_folder, read_mark, released_on_mistakes, run_in_order,
@@ -579,6 +580,48 @@ def _calibration(
     seed: int, # of the draw
 ) -> list[Tensor] | None:
     return read_calibration(paths, tokenizer, min(model.max_length, 256), seed=seed) if paths else None
+
+# %% ../nbs/93_lifecycle.ipynb #ad733ac7
+PRUNE = Stage("prune", "Prune the model", "Leave out the weights, or whole units, that matter least.")
+
+
+def prune_pair(
+    model: str | Path, # folder of a model and its tokenizer, or an assistant that comes with mmie
+    out: Path, # gets the pruned model
+    *,
+    config: PruneConfig | None = None, # what to take out (None: the smaller half of each matrix)
+    calibration: Sequence[str | Path] = (), # text that the model might read
+    seed: int = 0, # which windows of it
+) -> Finished:
+    "Write a pruned copy of a model. Raises `InputError` when it can't be done."
+    config = config or PruneConfig()
+    def work(folder: Path) -> Made:
+        decoder, words = _load_model(model), load_tokenizer(model_folder(model))
+        config.write(folder / STAGE_SETTINGS)
+        pruned = prune_model(decoder, config, _calibration(calibration, decoder, words, seed))
+        zeros = sparsity_report(pruned).sparsity
+        words.save(folder)
+        small = _saved_pruned(pruned, folder)
+        before, after = size_report(decoder), size_report(small)
+        told = {"model": f"{format_bytes(after.disk)}, {after.ratio(before):.0%} of the memory", "zeros": f"{zeros:.0%}"}
+        return Made({"model": format_bytes(before.disk)}, told, {"sparsity": zeros, "before": before.disk, "after": after.disk})
+    settings = {"model": str(model), "config": config.model_dump(mode="json"), "calibration": list(map(str, calibration)), "seed": seed}
+    read = _corpus_options(calibration, "--calibration")
+    command = ["prune", "--model", model, "--config", out / STAGE_SETTINGS, *read, "--seed", seed, "--out", out]
+    return PRUNE.run(out, settings, work, command)
+
+
+def _saved_pruned(
+    model: DecoderLM, # pruned
+    folder: Path, # gets it
+) -> DecoderLM: # as it was written
+    "Packed, if any matrix gets smaller by it."
+    with suppress(InputError):
+        packed = pack_pruned(model)
+        save_quantized(packed, folder)
+        return packed
+    model.save(folder)
+    return model
 
 # %% ../nbs/93_lifecycle.ipynb #d6ccfaed
 SHRINK = Stage("shrink", "Shrink the assistant, ask again", "The aligned assistant in eight bits and in four gets the requests once more.")

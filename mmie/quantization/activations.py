@@ -544,7 +544,8 @@ def _goes_plain(
     return layer.backend == "plain" or x.dtype == torch.float64 or (x.requires_grad and torch.is_grad_enabled())
 
 def _written_down(layer: _ByteWeights) -> dict[str, object]: # for JSON
-    return {"shape": list(layer.weight.shape), "scales": len(layer.scale), "half": layer.scale.dtype == torch.bfloat16, "backend": layer.backend}
+    half = layer.scale.dtype == torch.bfloat16
+    return {"shape": list(layer.weight.shape), "scales": len(layer.scale), "half": half, "backend": layer.backend}
 
 def _blank(record: Mapping[str, Any]) -> tuple[Tensor, Tensor]: # codes and scales
     scale = torch.ones(record["scales"], dtype=torch.bfloat16 if record["half"] else torch.float32)
