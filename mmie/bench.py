@@ -453,7 +453,8 @@ def _bench_layers(
         with torch.inference_mode():
             result: Tensor = layers[name](x[name])
             return result
-    times, sizes = compare({name: partial(call, name) for name in layers}, repeats), {name: tensor_bytes(layer) for name, layer in layers.items()}
+    times = compare({name: partial(call, name) for name in layers}, repeats)
+    sizes = {name: tensor_bytes(layer) for name, layer in layers.items()}
     return FormatTable(f"{width:,} × {width:,}, rows: {rows}", times, rows, sizes, "rows")
 
 # %% ../nbs/91_bench.ipynb #11cb610c

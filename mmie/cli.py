@@ -445,8 +445,8 @@ def _quantize(
     method: Annotated[
         str | None,
         typer.Option(help="int8_weight (when left out): 8 bits, a scale per row; the safe choice. int8_dynamic: inputs in 8 bits, "
-                          "too; for speed. int8_static: the same, with ranges found beforehand. llm_int8: dynamic, but loud columns stay floats. "
-                          "int4_weight, nf4_weight: 4 bits, a scale per group; the smallest. auto: what suits this machine."),
+                          "too; for speed. int8_static: the same, with ranges found beforehand. llm_int8: dynamic, but loud columns stay "
+                          "floats. int4_weight, nf4_weight: 4 bits, a scale per group; the smallest. auto: what suits this machine."),
     ] = None, # how to store the weights
     calibration: _Calibration = [], # text that the model might read # noqa: B006
     config: Annotated[
@@ -598,7 +598,7 @@ def _bench_decode(
 @_bench.command("quantization", epilog="Your own model:  mmie bench quantization --model runs/tiny/finetune")
 def _bench_quantization(
     model: Annotated[
-        Path | None, typer.Option(help="Folder of a decoder; by default a wide one with random weights, and the packaged assistant for the price."),
+        Path | None, typer.Option(help="Folder of a decoder; by default a wide one with random weights, and a packaged one for the price."),
     ] = None, # folder
     d_model: Annotated[int, typer.Option(min=64, help="Without --model: how wide, a multiple of 64.")] = 1024, # width
     layers: Annotated[int, typer.Option(min=1, help="Without --model: how many blocks.")] = 8, # blocks

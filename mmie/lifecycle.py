@@ -595,6 +595,8 @@ def prune_pair(
 ) -> Finished:
     "Write a pruned copy of a model. Raises `InputError` when it can't be done."
     config = config or PruneConfig()
+    if config.needs_text and not calibration:
+        raise InputError(f"{config.method} has to see text", fix="give some with --calibration, like that which the model will read")
     def work(folder: Path) -> Made:
         decoder, words = _load_model(model), load_tokenizer(model_folder(model))
         config.write(folder / STAGE_SETTINGS)
