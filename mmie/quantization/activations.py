@@ -432,7 +432,7 @@ def integer_product(
     wq: Tensor, # (out_features, in_features) int8
 ) -> Tensor: # (rows, out_features) int32
     "The exact product `xq @ wq.T` of whole numbers, in the fastest way this machine has."
-    quick = len(xq) > 0 and integer_kernel(xq.device.type)
+    quick = len(xq) > 0 and xq.shape[1] > 1 and integer_kernel(xq.device.type)
     return _kernel_product(xq, wq) if quick else _plain_product(xq, wq)
 
 # %% ../../nbs/83_quantization.activations.ipynb #74e55172

@@ -239,7 +239,7 @@ def _input_params(
     watch_inputs(model, observers, calibration)
     return {name: observer.params(symmetric=False) for name, observer in observers.items()}
 
-# %% ../../nbs/86_quantization.aware.ipynb #521d6f35
+# %% ../../nbs/86_quantization.aware.ipynb #cc1ec229
 def _exchanged(
     model: _Model, # changed, unless it is a layer itself
     new: Mapping[int, nn.Module], # what comes instead, by the identity of what goes
@@ -248,7 +248,7 @@ def _exchanged(
     if id(model) in new:
         return new[id(model)] # type: ignore[return-value]
     for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()): # named_children shows a layer that is used twice only once
+        for name, child in list(parent._modules.items()):
             if id(child) in new:
                 setattr(parent, name, new[id(child)])
     return model

@@ -271,6 +271,17 @@ class PerToken:
         "Nothing to do: what is not asked for will be written over."
 
 # %% ../../nbs/87_quantization.mixed.ipynb #c946b44e
+def _reopen(
+    self: "PerChannel", # gets shorter
+    length: int, # positions to keep
+    now: int, # of so many
+) -> None:
+    "Where a group is cut in two, what stays of it waits again."
+    full, waiting = divmod(length, self.group)
+    if waiting and full < now // self.group:
+        self.tail[:, :, :waiting] = (self.codes[:, :, full] * self.scale[:, :, full].to(self.dtype))[:, :, :waiting]
+
+# %% ../../nbs/87_quantization.mixed.ipynb #8472cd3d
 class PerChannel:
     "Keys or values in eight bits, with a scale for each channel of every so many positions; the newest wait as they came. Liu et al. 2024."
     def __init__(
@@ -314,11 +325,7 @@ class PerChannel:
         rest.copy_(self.tail[:, :, :waiting])
         return found
 
-    def cut(self, length: int, now: int) -> None: # positions to keep, of so many
-        "Where a group is cut in two, what stays of it waits again."
-        full, waiting = divmod(length, self.group)
-        if waiting and full < now // self.group:
-            self.tail[:, :, :waiting] = (self.codes[:, :, full] * self.scale[:, :, full].to(self.dtype))[:, :, :waiting]
+    cut = _reopen
 
 # %% ../../nbs/87_quantization.mixed.ipynb #e3ad5ab4
 class Shelf(Protocol):

@@ -37,8 +37,8 @@ from ..core import InputError, Settings, atomic_write, did_you_mean, inference
 from ..measure import format_bytes, html_table, text_table
 from ..models.decoder import DecoderLM, ModelConfig
 from .activations import Calibration, Int8DynamicLinear, Int8StaticLinear, OutlierLinear, Watcher, make_observer, watch_inputs
-from .affine import QuantParams, fake_quantize
-from .calibrated import HessianWatcher, InputSample, awq_scale, gptq, rescale_hessian, smooth_scale
+from .affine import QuantParams, fake_quantize, quantize_affine
+from .calibrated import HessianWatcher, InputSample, awq_scale, clipped_grid, gptq, rescale_hessian, smooth_scale
 from .linear import Int8Embedding, Int8Linear, QuantizedLinear, dequantize_rows, frozen, quantize_rows, row_params
 from .packed import Int4Linear, NF4Linear, int4_params
 
@@ -72,7 +72,7 @@ class QuantConfig(Settings):
     smoothing: Literal["none", "smoothquant", "awq"] = Field("none", description="scale inputs one way and weights the other first")
     smoothing_strength: float = Field(0.5, ge=0, le=1, description="smoothquant: share of the difficulty that goes to the weights")
     rounding: Literal["nearest", "gptq"] = Field("nearest", description="gptq: each column makes up for the errors of those before")
-    act_order: bool = Field(False, description="gptq: begin with the inputs that are largest")
+    act_order: bool = Field(True, description="gptq: begin with the inputs that are largest")
     damp: float = Field(0.01, gt=0, description="gptq: added to the diagonal, as a share of its mean")
     sequential: bool = Field(False, description="with data: block after block, each seeing what the quantized ones before it give")
     embeddings: bool = Field(True, description="tables to int8, and output layers tied to them")
@@ -411,6 +411,9 @@ def _linear(
         options["input_params"] = seen.watchers["range"].params() # type: ignore[attr-defined]
     if config.rounding == "gptq" and method in _ON_GRIDS:
         return _FORMATS[method].from_codes(*_gptq(weight, method, config, seen, scale), **options)
+    if scale is not None and config.smoothing == "awq" and method == "int4_weight":
+        params = _clipped(weight, config, seen, scale)
+        return Int4Linear.from_codes(quantize_affine(weight, params), params, **options)
     if method in _WITH_GROUPS:
         options["group"] = config.group
     extra = {"int4_weight": ("symmetric", config.symmetric), "nf4_weight": ("double", config.double_quantization)}
@@ -431,6 +434,13 @@ def _gptq(weight: Tensor, method: Method, config: QuantConfig, seen: _Seen, scal
     if method == "int4_weight":
         return gptq(weight, hessian, bits=4, group=config.group, symmetric=config.symmetric, **options)
     return gptq(weight, hessian, bits=8, params=_grid(weight, method, config), **options)
+
+def _clipped(weight: Tensor, config: QuantConfig, seen: _Seen, scale: Tensor) -> QuantParams:
+    "AWQ's other half: a grid that gives up its ends where that helps the rest."
+    sample = seen.watchers["sample"]
+    assert isinstance(sample, InputSample)
+    rows = sample.rows / scale.to(sample.rows)
+    return clipped_grid(weight, rows.T @ rows / len(rows), group=config.group, symmetric=config.symmetric)
 
 def _loud_columns(seen: _Seen, threshold: float) -> Tensor | None: # indices; None if nothing was looked at
     sample = seen.watchers.get("sample")
