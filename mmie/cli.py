@@ -503,6 +503,30 @@ def _shrink(
     from mmie.lifecycle import run_config, shrink_assistant
     _tell(shrink_assistant(model, prompts, out, run_config(n_asked=n, seed=seed or 0)))
 
+# %% ../nbs/94_cli.ipynb #2d2cf232
+@app.command("tradeoffs", epilog="One seed:  mmie tradeoffs --seed 0 --assistants work/study --out work/tradeoffs")
+def _tradeoffs(
+    out: _Out, # where the results go
+    seed: Annotated[list[int], typer.Option(min=0, help="A seed; 0, 1 and 2 when left out. Repeat for more.")] = [], # seeds # noqa: B006
+    arm: Annotated[list[str], typer.Option(help="Only this compression, by its name in the tables. Repeat for more.")] = [], # some # noqa: B006
+    assistants: Annotated[
+        Path | None, typer.Option(help="Folder with seed-0 and so on, as `mmie study` wrote them; made anew when left out."),
+    ] = None, # folder
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON file with fields of TradeoffsConfig, such as `asked: 50`.")] = None, # sizes
+) -> None:
+    """Compress aligned assistants in every way of this book, and count what they still refuse and still get right.
+
+    What is done stays done: the same command goes on from there.
+    """
+    from mmie.quantization.tradeoffs import TradeoffsConfig, run_tradeoffs, tradeoff_table
+    settings = TradeoffsConfig.read(config, **_given(seeds=seed))
+    folders = {n: assistants / f"seed-{n}" for n in settings.seeds} if assistants else None
+    result = run_tradeoffs(settings, out, folders, arms=arm or None, announce=typer.echo)
+    result.write(out / "tradeoffs.json")
+    if len(settings.seeds) > 1:
+        typer.echo(f"\n{tradeoff_table(result, list(result.seeds[settings.seeds[0]]))}")
+    typer.echo(f"\nEverything measured: {out / 'tradeoffs.json'}")
+
 # %% ../nbs/94_cli.ipynb #4c6d7cc0
 @app.command("export", epilog="Example:  mmie export --model runs/tiny/finetune --out work/hf")
 def _export(

@@ -109,6 +109,7 @@ def _units(
         by_matrix.setdefault(id(layer.weight), []).append(name)
     return tuple(map(tuple, by_matrix.values()))
 
+# %% ../../nbs/87_quantization.mixed.ipynb #e3978e0a
 def layer_sensitivity(
     model: nn.Module, # trained, in floating point; not touched
     ids: Tensor, # (batch, length) token ids of real text
@@ -308,9 +309,8 @@ class PerChannel:
         full, rest = divmod(x.shape[2], self.group)
         if full:
             whole, x = x.split((full * self.group, rest), dim=2)
-            codes, scale = quantize_along(whole.unflatten(2, (full, self.group)), 3)
-            self.codes[:, :, done:done + full] = codes
-            self.scale[:, :, done:done + full] = scale
+            new = slice(done, done + full)
+            self.codes[:, :, new], self.scale[:, :, new] = quantize_along(whole.unflatten(2, (full, self.group)), 3)
         self.tail[:, :, :rest] = x
 
     def read(
