@@ -22,7 +22,7 @@ setup(
     keywords=cfg["keywords"],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["mmie", "mmie.*"]),
-    package_data={"mmie": ["py.typed", "**/*.j2", "**/*.css", "**/*.yaml", "constitutional/study.json", "shipped/*/*"]},
+    package_data={"mmie": ["py.typed", "**/*.j2", "**/*.css", "**/*.yaml", "constitutional/study.json", "quantization/tradeoffs.json", "shipped/*/*"]},
     include_package_data=False,
     install_requires=cfg["requirements"].split(),
     extras_require={name.removesuffix("_requirements"): value.split() for name, value in cfg.items() if name.endswith("_requirements")},

@@ -77,7 +77,7 @@ class QuantConfig(Settings):
     sequential: bool = Field(False, description="with data: block after block, each seeing what the quantized ones before it give")
     embeddings: bool = Field(True, description="tables to int8, and output layers tied to them")
     skip: tuple[str, ...] = Field((), description="modules that stay floats, as patterns")
-    backend: Literal["auto", "plain"] = Field("auto", description="auto: this machine's fastest way; plain: exact, in the input's precision")
+    backend: Literal["auto", "plain"] = Field("auto", description="auto: the fastest way; plain: exact, in the input's own type")
 
     @model_validator(mode="after")
     def _all_of_it_matters(self) -> "Self":
