@@ -512,7 +512,7 @@ def _tradeoffs(
     assistants: Annotated[
         Path | None, typer.Option(help="Folder with seed-0 and so on, as `mmie study` wrote them; made anew when left out."),
     ] = None, # folder
-    config: Annotated[Path | None, typer.Option(help="YAML or JSON file with fields of TradeoffsConfig, such as `asked: 50`.")] = None, # sizes
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON file with other sizes, for example `asked: 50`.")] = None, # sizes
 ) -> None:
     """Compress aligned assistants in every way of this book, and count what they still refuse and still get right.
 
@@ -523,7 +523,7 @@ def _tradeoffs(
     folders = {n: assistants / f"seed-{n}" for n in settings.seeds} if assistants else None
     result = run_tradeoffs(settings, out, folders, arms=arm or None, announce=typer.echo)
     result.write(out / "tradeoffs.json")
-    if len(settings.seeds) > 1:
+    if len(settings.seeds) > 1 and (not arm or "float32" in arm): # what all are compared with
         typer.echo(f"\n{tradeoff_table(result, list(result.seeds[settings.seeds[0]]))}")
     typer.echo(f"\nEverything measured: {out / 'tradeoffs.json'}")
 
