@@ -11,6 +11,7 @@ __all__ = ['Calibration', 'Observer', 'OBSERVERS', 'Watcher', 'watch_inputs', 'o
 # %% ../../nbs/83_quantization.activations.ipynb #abdf05dd
 import contextlib
 import functools
+import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
@@ -253,7 +254,7 @@ class Tally:
     ) -> None:
         "Count these."
         x = _checked(x).flatten().cpu().double() # exact, as the edges are
-        need = 2.0 ** float(x.abs().max().clamp(min=1e-30).log2().ceil())
+        need = 2.0 ** math.frexp(max(float(x.abs().max()), 1e-30))[1] # the next power of two above it
         self.limit = self.limit or need
         while self.limit < need:
             half = self.counts.view(-1, 2).sum(1)
