@@ -137,7 +137,8 @@ def quant_preset(
 ) -> QuantConfig:
     "A starting point. Raises `InputError` for an unknown name."
     if name != "auto" and name not in HARDWARE_PRESETS:
-        raise InputError(f"no preset {name!r}", fix=did_you_mean(name, ["auto", *HARDWARE_PRESETS]) or f"one of auto, {', '.join(HARDWARE_PRESETS)}")
+        names = ["auto", *HARDWARE_PRESETS]
+        raise InputError(f"no preset {name!r}", fix=did_you_mean(name, names) or f"one of {', '.join(names)}")
     return HARDWARE_PRESETS[hardware() if name == "auto" else name]
 
 # %% ../../nbs/85_quantization.post_training.ipynb #44c0c2e0
