@@ -52,6 +52,7 @@ def _vocabulary(
     rows = getattr(table, "rows", None) # an int8 table
     return len(rows) if isinstance(rows, Tensor) else getattr(table, "num_embeddings", None)
 
+# %% ../../nbs/83_quantization.activations.ipynb #0c5ff81d
 def _check_batch(
     batch: Tensor | Mapping[str, Tensor], # one of a calibration set
     vocabulary: int | None, # ids must stay below
@@ -131,7 +132,10 @@ def watch_inputs(
     if missed:
         raise InputError(f"calibration never reached {', '.join(missed)}", fix="leave it in floating point, or feed what it's for")
 
-def _with_bar(batches: Calibration) -> Calibration:
+def _with_bar(
+    batches: Calibration, # any
+) -> Calibration: # the same, with a bar that follows
+    "Show how far it is."
     from tqdm.auto import tqdm
     return cast(Calibration, tqdm(batches, desc="calibration"))
 
@@ -163,6 +167,7 @@ def _checked(
         raise InputError(f"{int((~x.isfinite()).sum())} of {x.numel()} values are NaN or infinite", fix="find out where they come from")
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
+# %% ../../nbs/83_quantization.activations.ipynb #6dc99ebc
 def _range(
     x: Tensor, # (rows, in_features)
     per_channel: bool, # of each column, or of all
@@ -313,6 +318,7 @@ def _candidates(
     low, high = _ends(tally)
     return [params_from_range(low * k / n, high * k / n, bits=bits, symmetric=symmetric) for k in range(n, 0, -1)]
 
+# %% ../../nbs/83_quantization.activations.ipynb #84aad2ef
 class MSEObserver:
     "The range with the smallest mean squared error, of rounding and clipping together."
     def __init__(self) -> None:
@@ -428,6 +434,7 @@ def integer_kernel(
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
 
+# %% ../../nbs/83_quantization.activations.ipynb #6fc60975
 def integer_product(
     xq: Tensor, # (rows, in_features) int8
     wq: Tensor, # (out_features, in_features) int8
@@ -447,7 +454,10 @@ def quantize_tokens(
 
 # %% ../../nbs/83_quantization.activations.ipynb #e2d8958a
 @functools.cache
-def _nothing(device: torch.device) -> Tensor:
+def _nothing(
+    device: torch.device, # of what it's added to
+) -> Tensor: # (1,) float32
+    "A zero, made once."
     return torch.zeros(1, device=device, dtype=torch.float32)
 
 def dynamic_product(
@@ -473,6 +483,7 @@ def _kept_scale(
         raise InputError("weights with groups or zero points", fix="use a symmetric grid with one scale for each row, or one for all")
     return params.scale.flatten().float()
 
+# %% ../../nbs/83_quantization.activations.ipynb #829aef88
 def _weight_params(
     weight: Tensor, # (out_features, in_features), floating point
     per_channel: bool, # a scale for each row
@@ -493,6 +504,7 @@ def _straight_through(
     "Round on the way there, not on the way back. Bengio et al. 2013."
     return x + (rounded.to(x.dtype) - x).detach() if x.requires_grad else rounded.to(x.dtype)
 
+# %% ../../nbs/83_quantization.activations.ipynb #d9c58a3c
 class _ByteWeights:
     "What int8 layers share: how they're made, written down, and shown."
     weight: nn.Parameter # (out_features, in_features) int8
@@ -528,7 +540,7 @@ class _ByteWeights:
         wide = torch.promote_types(dtype, torch.float32)
         return (self.weight.to(wide) * self.scale.to(wide).unsqueeze(1)).to(dtype)
 
-# %% ../../nbs/83_quantization.activations.ipynb #3580e70d
+# %% ../../nbs/83_quantization.activations.ipynb #3e27fb05
 def _checked_backend(
     backend: str, # "auto" or "plain"
 ) -> str: # the same
@@ -537,6 +549,7 @@ def _checked_backend(
         raise InputError(f"unknown backend {backend!r}", fix=did_you_mean(backend, ["auto", "plain"]))
     return backend
 
+# %% ../../nbs/83_quantization.activations.ipynb #84dd4972
 def _goes_plain(
     layer: _ByteWeights, # asks
     x: Tensor, # (rows, in_features)
@@ -544,15 +557,24 @@ def _goes_plain(
     "Whether the result must be exact, or let gradients through."
     return layer.backend == "plain" or x.dtype == torch.float64 or (x.requires_grad and torch.is_grad_enabled())
 
-def _written_down(layer: _ByteWeights) -> dict[str, object]: # for JSON
+def _written_down(
+    layer: _ByteWeights, # any
+) -> dict[str, object]: # for JSON
+    "What `_blank` has to know."
     half = layer.scale.dtype == torch.bfloat16
     return {"shape": list(layer.weight.shape), "scales": len(layer.scale), "half": half, "backend": layer.backend}
 
-def _blank(record: Mapping[str, Any]) -> tuple[Tensor, Tensor]: # codes and scales
+def _blank(
+    record: Mapping[str, Any], # from `_written_down`
+) -> tuple[Tensor, Tensor]: # codes and scales
+    "Tensors of the right shape, to be filled from a file."
     scale = torch.ones(record["scales"], dtype=torch.bfloat16 if record["half"] else torch.float32)
     return torch.zeros(record["shape"], dtype=torch.int8), scale
 
-def _shown(layer: _ByteWeights) -> str:
+def _shown(
+    layer: _ByteWeights, # any
+) -> str: # the inside of the brackets
+    "How it's printed."
     outputs, inputs = layer.weight.shape
     return f"in_features={inputs}, out_features={outputs}, bias={layer.bias is not None}, backend={layer.backend!r}"
 
@@ -623,6 +645,7 @@ def _static_product(
     found = integer_product(codes, weight)
     return torch.addcmul(_nothing(x.device), found if offset is None else found.sub_(offset), scale, value=step)
 
+# %% ../../nbs/83_quantization.activations.ipynb #58ace2de
 def _clipped(
     x: Tensor, # (rows, in_features), may want a gradient
     params: QuantParams, # of the inputs
@@ -687,6 +710,7 @@ def outlier_columns(
         return torch.zeros(0, dtype=torch.long, device=x.device)
     return (size.amax(0) >= threshold).nonzero().flatten()
 
+# %% ../../nbs/83_quantization.activations.ipynb #c9dd2bc3
 def _fixed_columns(
     columns: Tensor, # (n,) whole numbers
     width: int, # in_features
