@@ -444,7 +444,7 @@ class SparseLinear(QuantizedLinear):
         return {"shape": list(self.shape), "kept": len(self.weight), "dtype": str(self.weight.dtype).removeprefix("torch.")}
 
     @classmethod
-    def empty(cls, record: Mapping[str, object]) -> "SparseLinear":
+    def empty(cls, record: Mapping[str, object]) -> "SparseLinear": # from `record`
         shape = cast("list[int]", record["shape"])
         values = torch.zeros(cast(int, record["kept"]), dtype=getattr(torch, str(record["dtype"])))
         return cls(values, torch.zeros(-(-math.prod(shape) // 8), dtype=torch.uint8), shape)
