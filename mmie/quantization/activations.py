@@ -252,6 +252,7 @@ class Tally:
     ) -> None:
         self.counts = torch.zeros(bins, dtype=torch.float64)
         self.limit = 0.0 # covers ± this, a power of two; 0: nothing seen yet
+        self.low, self.high = math.inf, -math.inf # the extremes
 
     def see(
         self,
@@ -259,6 +260,7 @@ class Tally:
     ) -> None:
         "Count these."
         x = _checked(x).flatten().cpu().double() # exact, as the edges are
+        self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
         need = 2.0 ** math.frexp(max(float(x.abs().max()), 1e-30))[1] # the next power of two above it
         self.limit = self.limit or need
         while self.limit < need:
@@ -285,7 +287,8 @@ def _ends(
     out = float(below[-1]) * (1 - percent / 100) / 2 # values to leave out on each side
     width = 2 * tally.limit / len(below)
     first, last = int((below <= out).sum()), int((below < below[-1] - out).sum())
-    return torch.tensor([[first * width - tally.limit]]), torch.tensor([[(last + 1) * width - tally.limit]])
+    low, high = max(tally.low, first * width - tally.limit), min(tally.high, (last + 1) * width - tally.limit)
+    return torch.tensor([[low]]), torch.tensor([[high]])
 
 # %% ../../nbs/83_quantization.activations.ipynb #48121ada
 class PercentileObserver:
