@@ -253,7 +253,7 @@ def test_cutting_is_silencing(changes: dict[str, object]) -> None:
     small = prune_model(model, config, reading())
     for units in [*hidden_units(model), *(head_groups(model) if heads else [])]:
         reader, cut = model.get_submodule(units.consumer), small.get_submodule(units.consumer)
-        stays = torch.tensor([(cut.weight.T == column).all(1).any() for column in reader.weight.T])
+        stays = torch.tensor([(column == cut.weight.T).all(1).any() for column in reader.weight.T])
         assert int(stays.sum()) == cut.in_features < reader.in_features
         with torch.no_grad():
             reader.weight[:, ~stays] = 0
