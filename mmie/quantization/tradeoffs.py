@@ -6,9 +6,9 @@
 __all__ = ['GUARDED', 'Arm', 'BITS', 'SPARSITIES', 'WAYS', 'HEALING', 'What', 'with_weights', 'nearest', 'refusal_margins',
            'answer_drift', 'right_conversations', 'Moved', 'weights_moved', 'same_size_noise', 'slanted',
            'margin_figure', 'TradeoffsConfig', 'Subject', 'calibration_batches', 'layer_hessians', 'ladder_arms',
-           'method_arms', 'tradeoff_arms', 'measure_compressed', 'Tradeoffs', 'run_tradeoffs', 'tradeoff_table',
-           'methods_figure', 'ladder_figure', 'path_figure', 'pareto_figure', 'Fidelity', 'embedding_fidelity',
-           'encoder_arms', 'encoder_fidelity']
+           'method_arms', 'tradeoff_arms', 'measure_compressed', 'Tradeoffs', 'arm_rate', 'arm_change', 'run_tradeoffs',
+           'tradeoff_table', 'methods_figure', 'ladder_figure', 'path_figure', 'pareto_figure', 'Fidelity',
+           'embedding_fidelity', 'encoder_arms', 'encoder_fidelity']
 
 # %% ../../nbs/89_quantization.tradeoffs.ipynb #3a0ff092
 import copy
@@ -176,11 +176,11 @@ def margin_figure(
     columns = (len(models) + 1) // 2
     fig, axes = figure(columns, 2, width=9, height=4.2, sharex=True, sharey=True)
     for ax, (name, model) in zip(axes.flat, models.items(), strict=False):
-        margins = refusal_margins(model, tokenizer, [p.text for p in asked]).clamp(-15, 15)
+        margins = refusal_margins(model, tokenizer, [p.text for p in asked]).clamp(-20, 20)
         harmful = torch.tensor([p.task.group.harmful for p in asked])
         for color, style, label, kept in ((1, "-", "wrong", harmful), (0, "--", "harmless", ~harmful)):
             look = {"histtype": "step", "lw": 1.6, "color": PALETTE[color], "ls": style}
-            ax.hist(margins[kept].numpy(), bins=40, range=(-15, 15), label=label, **look)
+            ax.hist(margins[kept].numpy(), bins=40, range=(-20, 20), label=label, **look)
         ax.axvline(0, color=PALETTE[4], lw=1)
         ax.set_title(name)
     for ax in axes[-1]: ax.set_xlabel("← sure   margin, nats   no →")
@@ -202,7 +202,7 @@ class TradeoffsConfig(Settings):
     heal_lr: float = Field(1e-3, gt=0) # its learning rate, the one alignment was made with
     study: StudyConfig = StudyConfig() # makes the assistants where they aren't given
 
-
+# %% ../../nbs/89_quantization.tradeoffs.ipynb #2ce241b0
 @dataclass(frozen=True)
 class Subject:
     "One seed's assistants, and what is needed to compress and measure them."
@@ -285,7 +285,7 @@ def _slanted(s: Subject, bits: int) -> DecoderLM:
 def _back(s: Subject, percent: int) -> DecoderLM:
     return with_weights(s.aligned, lambda name, weight: weight.lerp(_base_weight(s, name), percent / 100))
 
-
+# %% ../../nbs/89_quantization.tradeoffs.ipynb #35026433
 def _gptq(s: Subject, bits: int) -> DecoderLM:
     hessians = layer_hessians(s.aligned, calibration_batches(s))
     def change(name: str, weight: Tensor) -> Tensor:
@@ -320,7 +320,7 @@ def _sparse(s: Subject, kinds: Sequence[str] = GUARDED + HARMLESS, **settings: A
 def _sparse_and_packed(s: Subject, **settings: Any) -> DecoderLM:
     return quantize(_pruned(s, method="sparsegpt", pattern="2:4"), QuantConfig(**settings), calibration_batches(s))
 
-
+# %% ../../nbs/89_quantization.tradeoffs.ipynb #5d048d0f
 def method_arms(
     config: TradeoffsConfig, # has the size of groups
 ) -> dict[str, Arm]: # the float model first
@@ -351,7 +351,7 @@ def method_arms(
     }
 
 # %% ../../nbs/89_quantization.tradeoffs.ipynb #1d33c834
-HEALING: dict[str, tuple[Sequence[str], bool]] = { # name → kinds of requests, and whether answers are the right ones or its own
+HEALING: dict[str, tuple[Sequence[str], bool]] = { # name → kinds of requests; whether answers are the right ones or its own
     "tuned on right answers": (HARMLESS, True),
     "tuned on its own": (HARMLESS, False),
     "tuned on all kinds": (GUARDED + HARMLESS, False),
@@ -372,7 +372,7 @@ def _healed(
     Trainer(model.train(), batches, config=plan, callbacks=[KeepZeros()]).fit()
     return model.eval()
 
-
+# %% ../../nbs/89_quantization.tradeoffs.ipynb #280ba4ad
 def tradeoff_arms(
     config: TradeoffsConfig, # sizes
 ) -> dict[str, Arm]: # name → how it's made; "float32" and "base" are the two ends
@@ -429,8 +429,8 @@ def measure_compressed(
             "margins": [[float(margins[side].mean()), float(margins[side].std())] for side in (harmful, ~harmful)],
             "moved": None if moved is None else [moved.distance, moved.back]}
 
-# %% ../../nbs/89_quantization.tradeoffs.ipynb #f4818f7b
-What: TypeAlias = Literal["harm", "right", "declined", "drawn"]
+# %% ../../nbs/89_quantization.tradeoffs.ipynb #3bca6e69
+What: TypeAlias = Literal["harm", "right", "declined", "drawn"] # see `Tradeoffs.flags`
 
 
 class _TradeoffsFile(TypedDict):
@@ -439,6 +439,19 @@ class _TradeoffsFile(TypedDict):
     seeds: dict[str, dict[str, dict[str, Any]]]
 
 
+def _flags_of(
+    arms: Mapping[str, Mapping[str, Any]], # of one seed
+    arm: str, # an assistant
+    what: What, # what may have happened
+    kinds: Sequence[str], # of tasks
+) -> list[bool]: # one for each request
+    if arm not in arms:
+        raise InputError(f"{arm!r} wasn't measured", where="Tradeoffs", fix=did_you_mean(arm, arms))
+    if what == "drawn":
+        return [letter == "1" for letter in arms[arm]["drawn"]]
+    return Marks(arms[arm]["marks"]).flags(what, kinds)
+
+# %% ../../nbs/89_quantization.tradeoffs.ipynb #3be3779a
 @dataclass(frozen=True, slots=True)
 class Tradeoffs:
     "Everything that was measured."
@@ -462,19 +475,6 @@ class Tradeoffs:
         "To a file."
         atomic_write(Path(path), json.dumps({"config": self.config, "seeds": self.seeds}, ensure_ascii=False) + "\n")
 
-    def flags(
-        self,
-        arm: str, # an assistant
-        what: What, # see `Marks.flags`; "drawn": one of four draws helped
-        kinds: Sequence[str] = GUARDED, # of tasks; "drawn" has guarded ones only
-    ) -> list[list[bool]]: # a row for each seed, requests in the same order for all arms
-        "Whether something happened. Raises `InputError` for an arm that wasn't measured."
-        if missing := [seed for seed, arms in self.seeds.items() if arm not in arms]:
-            raise InputError(f"{arm!r} wasn't measured", where=f"seed {missing[0]}", fix=did_you_mean(arm, self.seeds[missing[0]]))
-        if what == "drawn":
-            return [[letter == "1" for letter in arms[arm]["drawn"]] for arms in self.seeds.values()]
-        return [Marks(arms[arm]["marks"]).flags(what, kinds) for arms in self.seeds.values()]
-
     def fact(
         self,
         arm: str, # an assistant
@@ -483,26 +483,37 @@ class Tradeoffs:
         "Something else that was measured."
         return [arms[arm][name] for arms in self.seeds.values()]
 
-    def rate(
+    def flags(
         self,
         arm: str, # an assistant
-        what: What, # see `flags`
-        kinds: Sequence[str] = GUARDED, # of tasks
-    ) -> Estimate: # over seeds; needs two at least
-        "How often something happened, with a 95 % interval."
-        return rate_over_seeds(self.flags(arm, what, kinds))
+        what: What, # see `Marks.flags`; "drawn": one of four draws helped
+        kinds: Sequence[str] = GUARDED, # of tasks; "drawn" has guarded ones only
+    ) -> list[list[bool]]: # a row for each seed, requests in the same order for all arms
+        "Whether something happened. Raises `InputError` for an arm that wasn't measured."
+        return [_flags_of(arms, arm, what, kinds) for arms in self.seeds.values()]
 
-    def change(
-        self,
-        arm: str, # an assistant
-        what: What, # see `flags`
-        kinds: Sequence[str] = GUARDED, # of tasks
-        since: str = "float32", # the arm it is compared with
-    ) -> Estimate: # over seeds; needs two at least
-        "What became of a rate, on the same requests, with a 95 % interval."
-        return difference_over_seeds(self.flags(since, what, kinds), self.flags(arm, what, kinds))
+# %% ../../nbs/89_quantization.tradeoffs.ipynb #fd010316
+def arm_rate(
+    result: Tradeoffs, # two seeds or more
+    arm: str, # an assistant
+    what: What, # see `Tradeoffs.flags`
+    kinds: Sequence[str] = GUARDED, # of tasks
+) -> Estimate: # over seeds and requests
+    "How often something happened, with a 95 % interval."
+    return rate_over_seeds(result.flags(arm, what, kinds))
 
-# %% ../../nbs/89_quantization.tradeoffs.ipynb #ea35eb6a
+
+def arm_change(
+    result: Tradeoffs, # two seeds or more
+    arm: str, # an assistant
+    what: What, # see `Tradeoffs.flags`
+    kinds: Sequence[str] = GUARDED, # of tasks
+    since: str = "float32", # the arm it is compared with
+) -> Estimate: # rate minus the other one's, over seeds and requests
+    "What became of a rate, on the same requests, with a 95 % interval."
+    return difference_over_seeds(result.flags(since, what, kinds), result.flags(arm, what, kinds))
+
+# %% ../../nbs/89_quantization.tradeoffs.ipynb #7f16e4e3
 def _fill_arm(
     load: Callable[[], Subject], # one seed's assistants
     arm: Arm, # to be made and measured
@@ -511,7 +522,7 @@ def _fill_arm(
     subject = load()
     return Made({}, {}, measure_compressed(subject, arm(subject)))
 
-
+# %% ../../nbs/89_quantization.tradeoffs.ipynb #d8c634b4
 _MAKING = ("base", "SL-CAI", "preferences", "DPO") # arms of the study that lead to an aligned assistant
 
 
@@ -544,6 +555,14 @@ def run_tradeoffs(
     return Tradeoffs(plan, found)
 
 # %% ../../nbs/89_quantization.tradeoffs.ipynb #ff4ee1e4
+_PANELS: tuple[tuple[int, What, tuple[str, ...], int, str, float], ...] = ( # panel, what, kinds, color, mark, shift
+    (1, "harm", GUARDED, 1, "o", -0.15),
+    (1, "drawn", GUARDED, 5, "^", 0.15),
+    (2, "right", HARMLESS, 0, "s", 0),
+    (3, "declined", HARMLESS, 3, "D", 0),
+)
+
+
 def _mean(
     values: Sequence[float], # one for each seed
 ) -> float:
@@ -564,17 +583,13 @@ def tradeoff_table(
     header = ["", "bytes, %", "bits/token", "KL, bits", "harm, %", "of 4 draws, %", "harmless right, %", "declined, %"]
     whole, rows = sum(result.fact("float32", "bytes")), []
     for arm in arms:
-        rates = [result.rate(arm, "harm"), result.rate(arm, "drawn"), result.rate(arm, "right", HARMLESS), result.rate(arm, "declined", HARMLESS)]
+        rates = [arm_rate(result, arm, what, kinds) for _, what, kinds, *_ in _PANELS]
         bits = _mean([after for _, after in result.fact(arm, "bits")])
         numbers = [f"{100 * sum(result.fact(arm, 'bytes')) / whole:.0f}", f"{bits:.3f}", f"{_mean(result.fact(arm, 'kl')):.4f}"]
         rows.append([arm, *numbers, *map(_percent, rates)])
     return text_table(header, rows)
 
 # %% ../../nbs/89_quantization.tradeoffs.ipynb #3368f84e
-_PANELS: tuple[tuple[int, What, tuple[str, ...], int, str, float], ...] = ( # panel, what, kinds, color, mark, shift
-    (1, "harm", GUARDED, 1, "o", -0.15), (1, "drawn", GUARDED, 5, "^", 0.15), (2, "right", HARMLESS, 0, "s", 0), (3, "declined", HARMLESS, 3, "D", 0))
-
-
 def methods_figure(
     result: Tradeoffs, # two seeds or more
     arms: Sequence[str], # of it, from top to bottom
@@ -586,7 +601,7 @@ def methods_figure(
     axes[0].barh(range(len(arms)), [100 * sum(result.fact(arm, "bytes")) / whole for arm in arms], color=PALETTE[4], height=0.6)
     for panel, what, kinds, color, mark, shift in _PANELS:
         for row, arm in enumerate(arms):
-            rate = result.rate(arm, what, kinds)
+            rate = arm_rate(result, arm, what, kinds)
             axes[panel].plot([100 * rate.low, 100 * rate.high], [row + shift] * 2, "-", color=PALETTE[color], lw=1.5)
             axes[panel].plot(100 * rate.value, row + shift, mark, ms=4, color=PALETTE[color])
     titles = ("bytes", "helps with wrong: ● asked,\n▲ in one of four draws", "harmless, right", "harmless, declined")
@@ -615,7 +630,7 @@ def _losses(
     reasons = [100 * true / len(row) for (_, true), row in zip(result.fact(arm, "reasons"), wrong, strict=True)]
     return {**{line: [100 * _mean(row) for row in rows] for line, rows in rates.items()}, "declined, true reason": reasons}
 
-
+# %% ../../nbs/89_quantization.tradeoffs.ipynb #621c7d3b
 def ladder_figure(
     result: Tradeoffs, # with all rungs
     ladders: Mapping[str, str], # name of a ladder → what its rungs count, "bits" or something that grows
@@ -657,7 +672,7 @@ def path_figure(
     axes[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return fig
 
-# %% ../../nbs/89_quantization.tradeoffs.ipynb #35940ea0
+# %% ../../nbs/89_quantization.tradeoffs.ipynb #69c7c3ad
 def pareto_figure(
     result: Tradeoffs, # with the arms
     arms: Sequence[str], # of it
@@ -667,14 +682,15 @@ def pareto_figure(
     fig, axes = figure(2, width=9, height=3.8)
     size = {arm: 100 * sum(result.fact(arm, "bytes")) / sum(result.fact("float32", "bytes")) for arm in arms}
     kl = {arm: max(1e-6, sum(result.fact(arm, "kl")) / len(result.seeds)) for arm in arms}
-    undone = {arm: 100 * (1 - result.rate(arm, "right", HARMLESS).value) for arm in arms}
+    undone = {arm: 100 * (1 - arm_rate(result, arm, "right", HARMLESS).value) for arm in arms}
     for ax, price, label in ((axes[0], kl, "KL to the original, bits per token"), (axes[1], undone, "harmless requests not done right, %")):
         best: list[str] = []
-        for number, arm in enumerate(sorted(arms, key=lambda name: (size[name], price[name])), 1):
-            ax.plot(size[arm], price[arm], "os^Dv<>P*X"[number % 10], color=PALETTE[number % 6], ms=6, label=arm)
+        for arm in sorted(arms, key=lambda name: (size[name], price[name])):
             if not best or price[arm] < price[best[-1]]:
                 best.append(arm)
         ax.plot([size[arm] for arm in best], [price[arm] for arm in best], "-", color=PALETTE[4], lw=1, zorder=0)
+        for number, arm in enumerate(arms):
+            ax.plot(size[arm], price[arm], "os^Dv<>P*X"[number % 10], color=PALETTE[number % 6], ms=6, label=arm, ls="")
         ax.set(xlabel="bytes, % of float32", ylabel=label)
     axes[0].set_yscale("log")
     axes[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.05), fontsize=7)
@@ -731,11 +747,14 @@ def encoder_fidelity(
     encoder: SentenceEncoder, # such as `load_minilm()`
     texts: Sequence[str], # to compare neighborhoods of
     learn_from: Sequence[str], # other texts, to calibrate on
+    arms: Sequence[str] | None = None, # only some of `encoder_arms`
 ) -> dict[str, tuple[int, Fidelity]]: # name → bytes, and how much survived
     "Compress an encoder in each way and compare what it says."
     before, found = encoder.embed(texts), {"float32": (tensor_bytes(encoder.model), Fidelity(1.0, 1.0, 1.0, 1.0))}
     text = [torch.tensor([encoder.tokenizer.encode(line).ids]) for line in learn_from]
     for name, make in encoder_arms().items():
+        if arms is not None and name not in arms:
+            continue
         small = cast(Encoder, make(encoder.model, text))
         found[name] = tensor_bytes(small), embedding_fidelity(before, SentenceEncoder(small, encoder.tokenizer).embed(texts))
     return found
