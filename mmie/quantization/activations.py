@@ -467,15 +467,17 @@ def dynamic_product(
     x: Tensor, # (rows, in_features), not float64
     weight: Tensor, # (out_features, in_features) int8
     scale: Tensor, # (out_features,) or (1,)
+    plus: Tensor | None = None, # (rows, out_features), added to the result
 ) -> Tensor: # (rows, out_features) float32
     "Round each row, multiply whole numbers, scale."
     if len(x) != 1:
         codes, steps = quantize_tokens(x)
-        return integer_product(codes, weight).float().mul_(steps).mul_(scale)
+        y = integer_product(codes, weight).float().mul_(steps).mul_(scale)
+        return y if plus is None else y.add_(plus)
     row = x.float()
     step = max(row.abs().max().item() / 127, torch.finfo(torch.float32).tiny)
     codes = (row / step).round_().to(torch.int8)
-    return torch.addcmul(_nothing(x.device), integer_product(codes, weight), scale, value=step)
+    return torch.addcmul(_nothing(x.device) if plus is None else plus, integer_product(codes, weight), scale, value=step)
 
 # %% ../../nbs/83_quantization.activations.ipynb #a880cfdc
 def _kept_scale(
