@@ -543,7 +543,7 @@ def run_tradeoffs(
         assistants = {seed: home / "study" / f"seed-{seed}" for seed in config.seeds}
     if missing := set(config.seeds) - set(assistants):
         raise InputError(f"no assistants for seed {min(missing)}", where="run_tradeoffs", fix="give a folder for each seed")
-    plan = config.model_dump(mode="json", exclude={"seeds"})
+    plan = config.model_dump(mode="json", exclude={"seeds": True, "study": {"seeds"}})
     found: dict[int, dict[str, Any]] = {}
     for seed in config.seeds:
         load, found[seed] = cache(partial(Subject.load, config, seed, assistants[seed])), {}
