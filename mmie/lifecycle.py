@@ -804,7 +804,8 @@ def _score_ages(
             scored[f"pretrained {small}"] = quantize(whole, config, _calibration(how["calibration"], whole, tokenizer, how["seed"]))
     valid = TokenFile.open(Path(ages["pretrained"]) / "tokens" / "heldout")
     length = models["pretrained"].max_length
-    return {age: bits_per_byte(model, valid, length=length, stride=length // 4) for age, model in scored.items()}
+    strides = {age: length // (4 if age.startswith("pretrained") else 2) for age in scored} # as for those they are compared with
+    return {age: bits_per_byte(model, valid, length=length, stride=strides[age]) for age, model in scored.items()}
 
 # %% ../nbs/93_lifecycle.ipynb #add27497
 def _alignment_steps(
