@@ -224,3 +224,7 @@ def test_pruned_and_shrunk(here: Run, requests: Path, tmp_path: Path) -> None:
     assert shrunk.returncode == 0 and "helps with harm" in shrunk.stdout, shrunk.stderr
     rows = [json.loads(line) for line in (tmp_path / "shrunk" / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     assert all(list(row["answers"]) == ["aligned", "int8", "int4"] for row in rows)
+
+
+def test_a_bench_of_a_width_that_cannot_be(here: Run) -> None:
+    refused(here("bench", "quantization", "--d-model", 100), "100", "multiple of 64")

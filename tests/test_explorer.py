@@ -7,7 +7,10 @@ from typing import Any
 
 import nbformat
 import pytest
+import torch
 
+from mmie.core import InputError
+from mmie.quantization.affine import FormatExplorer, NumberFormat, choose_params, explore_formats, fake_quantize, format_snr, store_as
 from mmie.tokenization.base import BaseTokenizer, WordTokenizer
 from mmie.tokenization.bpe import BPETokenizer, merge_steps
 from mmie.tokenization.splitting import GPT2_PATTERN
@@ -250,3 +253,42 @@ def test_storing_drops_the_widget_and_keeps_the_twin() -> None:
     notebook = SimpleNamespace(metadata={"widgets": {}}, cells=[{"outputs": outputs}, {"source": "no outputs"}])
     tool.drop_widgets(notebook)
     assert outputs[0]["data"].keys() == {"text/html", "text/plain"} and not notebook.metadata
+
+
+@pytest.mark.parametrize("grid", ["symmetric", "asymmetric", "normal"])
+@pytest.mark.parametrize("scales", ["tensor", "row", 16])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_number_format_keeps_its_promises(grid: str, scales: str | int, bits: int) -> None:
+    x = torch.randn(12, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(bits)) ** 3
+    fmt = NumberFormat(grid=grid, scales=scales, bits=bits)
+    stored = store_as(x, fmt)
+    assert store_as(torch.zeros(2, 16), fmt).eq(0).all() and (grid != "symmetric" or store_as(-x, fmt).equal(-stored))
+    torch.testing.assert_close(store_as(2 * x, fmt), 2 * stored)
+    assert bits == 8 or format_snr(x, fmt) < format_snr(x, fmt.replace(bits=bits + 1))
+    if grid != "normal":
+        torch.testing.assert_close(stored, fake_quantize(x, choose_params(x, bits=bits, symmetric=grid == "symmetric", granularity=fmt.granularity)))
+
+
+def test_the_format_explorer_in_a_browser(visit: Any) -> None:
+    explorer = FormatExplorer({NASTY: torch.randn(8, 32), "second": torch.randn(4, 64)})
+    page = visit("<!doctype html><meta charset=utf-8>" + explorer.html())
+    assert page.title() == "" and page.locator("img").count() == 1 and page.evaluate("document.images[0].naturalWidth") > 400
+    assert NASTY in (page.get_attribute("img", "alt") or "")
+
+
+def test_the_format_widget_and_its_mistakes() -> None:
+    pytest.importorskip("ipywidgets")
+    explorer = explore_formats({"one": torch.randn(8, 32), "two": torch.randn(4, 48)})
+    _, grid, bits, scales, clip, view = explorer.panel.children # type: ignore[union-attr]
+    assert list(scales.options) == ["tensor", "row", 16, 8], "only groups that divide the rows of both"
+    for control, value in ((grid, "asymmetric"), (bits, 6), (scales, 8), (clip, 0.5)):
+        before = view.value
+        control.value = value
+        assert view.value != before
+    assert explorer.format == NumberFormat(grid="asymmetric", bits=6, scales=8, clip=0.5)
+    for wrong in ({"bits": 1}, {"bits": 9}, {"clip": 0}, {"scales": 0}, {"scales": 7}, {"tensor": "three"}, {"knob": 1}):
+        with pytest.raises(InputError):
+            explorer.turn(**wrong)
+    assert explorer.format == NumberFormat(grid="asymmetric", bits=6, scales=8, clip=0.5)
+    with pytest.raises(InputError, match="NaN"):
+        FormatExplorer({"bad": torch.full((2, 2), torch.nan)})

@@ -131,7 +131,7 @@ def smooth_scale(
     if not 0 <= strength <= 1:
         raise InputError(f"strength = {strength}", where="smooth_scale", fix="a number from 0 to 1")
     _check_columns(absmax, weight)
-    inputs, columns = absmax.to(weight), weight.detach().abs().amax(0)
+    inputs, columns = (t.to(torch.promote_types(weight.dtype, torch.float32)) for t in (absmax, weight.detach().abs().amax(0)))
     used = (inputs > 0) & (columns > 0)
     scale = torch.where(used, inputs, 1.0) ** strength / torch.where(used, columns, 1.0) ** (1 - strength)
     return scale.clamp(1e-5, 1e5)
@@ -155,7 +155,8 @@ def awq_scale(
         raise InputError(f"inputs of shape {tuple(inputs.shape)}", where="awq_scale", fix="give some rows")
     if steps < 1:
         raise InputError(f"{steps} steps", where="awq_scale", fix="try at least one")
-    x, real = inputs.detach().to(weight), weight.detach()
+    real = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)) # half precision has too few digits for this
+    x = inputs.detach().to(real)
     size = x.abs().mean(0)
     _check_columns(size, real)
     gram = x.T @ (x / len(x))

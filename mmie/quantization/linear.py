@@ -230,6 +230,8 @@ class QuantizedLinear(nn.Module):
         x: Tensor, # (..., in_features)
     ) -> Tensor: # (..., out_features), the dtype of x, or autocast's
         device = x.device.type
+        if not x.is_floating_point():
+            raise InputError(f"inputs are {x.dtype}", fix="were they cast to the type of the weights? Skip this layer")
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         rows = x.reshape(-1, x.shape[-1])

@@ -20,7 +20,7 @@ import re
 import secrets
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -63,7 +63,7 @@ _SMOOTHED = {"smoothquant": _WITH_INPUTS, "awq": {"int8_weight", *_WITH_GROUPS}}
 class QuantConfig(Settings):
     "How to quantize a model. Raises `InputError` for a field that nothing would look at."
     method: Method = Field("int8_weight", description="format of the linear layers")
-    layers: dict[str, Method] = Field({}, description="formats of some layers, by patterns such as 'blocks.0.*'; the first counts")
+    layers: dict[str, Method] = Field({}, description="formats of some layers or modules, by patterns such as 'blocks.?.mlp'; the first counts")
     group: Literal[32, 64, 128, 256] = Field(64, description="int4, nf4: weights that share a scale")
     symmetric: bool = Field(False, description="int4: a grid with its middle at zero instead of one from the smallest to the largest")
     double_quantization: bool = Field(True, description="nf4: quantize the scales, too")
@@ -77,7 +77,7 @@ class QuantConfig(Settings):
     damp: float = Field(0.01, gt=0, description="gptq: added to the diagonal, as a share of its mean")
     sequential: bool = Field(False, description="with data: block after block, each seeing what the quantized ones before it give")
     embeddings: bool = Field(True, description="tables to int8, and output layers tied to them")
-    skip: tuple[str, ...] = Field((), description="modules that stay floats, as patterns")
+    skip: tuple[str, ...] = Field((), description="modules that stay floats with all that is in them, as patterns")
     backend: Literal["auto", "plain"] = Field("auto", description="auto: the fastest way; plain: exact, in the input's own type")
 
     @model_validator(mode="after")
@@ -171,11 +171,13 @@ def _keep_reason(
     "Why a layer has to stay in floating point."
     if isinstance(parent, _READS_CHILDREN):
         return f"{type(parent).__name__} reads this layer's weights itself"
-    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+    if not isinstance(module.weight, nn.Parameter):
+        return "its weight is made anew for each call"
+    if isinstance(module, nn.Linear) and (type(module).forward is not nn.Linear.forward or "forward" in vars(module)):
         return f"{type(module).__name__} has a forward of its own"
     if isinstance(module, nn.Embedding) and (type(module).forward is not nn.Embedding.forward or module.max_norm is not None):
         return f"{type(module).__name__} changes its table or has a forward of its own"
-    return "" if module.weight.numel() else "it is empty" # type: ignore[operator]
+    return "" if module.weight.numel() else "it is empty"
 
 # %% ../../nbs/85_quantization.post_training.ipynb #d83dacea
 _QUANTIZED = (QuantizedLinear, Int8Embedding)
@@ -184,7 +186,9 @@ def _matches(
     name: str, # of a module
     patterns: tuple[str, ...] | Mapping[str, Method], # from the configuration
 ) -> str | None: # the first pattern that fits
-    return next((pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)), None)
+    parts = name.split(".")
+    inside = [".".join(parts[:n]) for n in range(1, len(parts) + 1)] # the modules it is in, and itself
+    return next((pattern for pattern in patterns if any(fnmatch.fnmatchcase(one, pattern) for one in inside)), None)
 
 def _candidates(
     model: nn.Module, # any model
@@ -224,9 +228,14 @@ def _plan(
     return replace, findings
 
 # %% ../../nbs/85_quantization.post_training.ipynb #a8c9d085
+def _casting(model: nn.Module) -> set[str]: # last parts of names
+    "Layers whose weights' type somebody looks at: transformers lists them as those to keep in float32."
+    return {name for module in model.modules() for name in getattr(module, "_keep_in_fp32_modules", None) or ()}
+
 def _formats(
     layers: Mapping[str, nn.Module], # from `_plan`
     config: QuantConfig, # what is wanted
+    casting: Set[str] = frozenset(), # from `_casting`
 ) -> tuple[dict[str, Method], list[Finding]]: # each linear layer's format; where it is not the one that was asked for
     "Decide in which format each linear layer will be."
     users = Counter(id(module.weight) for module in layers.values())
@@ -238,10 +247,12 @@ def _formats(
         pattern = _matches(name, config.layers)
         formats[name] = wanted = config.method if pattern is None else config.layers[pattern]
         width = _matrix(module).shape[1]
-        shared, odd = users[id(module.weight)] > 1, wanted in _WITH_GROUPS and width % config.group
-        if wanted != "int8_weight" and (shared or odd):
+        why = "several layers share its matrix" if users[id(module.weight)] > 1 and wanted != "int8_weight" else ""
+        if wanted in _WITH_GROUPS and not why:
+            casts, odd = name.rpartition(".")[2] in casting, width % config.group
+            why = f"{width} inputs don't divide into groups of {config.group}" if odd else "its inputs are cast to its weights' type" if casts else ""
+        if why:
             formats[name] = "int8_weight"
-            why = "several layers share its matrix" if shared else f"{width} inputs don't divide into groups of {config.group}"
             findings.append(Finding(name, why, f"it becomes int8_weight, not {wanted}", fatal=False))
     return formats, findings
 
@@ -267,8 +278,8 @@ def _layer_faults(
     elif not weight.isfinite().all():
         what = f"{int((~weight.isfinite()).sum())} of its {weight.numel()} weights are NaN or infinite"
         yield Finding(name, what, "the training went wrong before this", fatal=True)
-    if module._forward_hooks or module._forward_pre_hooks:
-        yield Finding(name, "it has forward hooks, which a new layer would lose", "remove them or skip it", fatal=True)
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        yield Finding(name, "it has hooks, which a new layer would lose", "remove them or skip it", fatal=True)
 
 # %% ../../nbs/85_quantization.post_training.ipynb #58f602f4
 def check_compatible(
@@ -282,18 +293,21 @@ def check_compatible(
     if done:
         return [Finding(done[0], f"{len(done)} layers are quantized already", "quantize the float model", fatal=True)]
     layers, findings = _plan(model, config)
-    formats, others = _formats(layers, config)
-    names = [name for name, _ in model.named_modules()]
-    for field, pattern in [*(("skip", p) for p in config.skip), *(("layers", p) for p in config.layers)]:
-        if not fnmatch.filter(names, pattern):
-            hint = did_you_mean(pattern, names) or "see named_modules()"
-            findings.append(Finding("", f"{field} pattern {pattern!r} matches no module", hint, fatal=True))
+    formats, others = _formats(layers, config, _casting(model))
+    names = [name for name, _ in model.named_modules() if name]
+    for field, pattern, known in [*(("skip", p, names) for p in config.skip), *(("layers", p, list(formats)) for p in config.layers)]:
+        if not any(_matches(name, (pattern,)) for name in known):
+            hint = did_you_mean(pattern, known) or "see named_modules()"
+            what = f"{field} pattern {pattern!r} matches no {'module' if field == 'skip' else 'linear layer that would be quantized'}"
+            findings.append(Finding("", what, hint, fatal=True))
     for name, module in layers.items():
         findings.extend(_layer_faults(name, module))
     if not layers:
         findings.append(Finding("", "no layer is left to quantize", "linear layers and embeddings are", fatal=True))
-    if calibration is None and any(_wants_data(format, config) for format in formats.values()):
-        what = f"{config.method} with {config.rounding} rounding and {config.smoothing} smoothing has to see inputs"
+    blind = [format for format in formats.values() if _wants_data(format, config)]
+    if blind and (calibration is None or (isinstance(calibration, Sequence) and not calibration)):
+        seeing = f"{blind[0]} with {config.rounding} rounding and {config.smoothing} smoothing has to see inputs"
+        what = seeing if calibration is None else "the calibration set is empty"
         findings.append(Finding("", what, "pass calibration=[ids, ...], batches of token ids", fatal=True))
     return [*findings, *others]
 
@@ -408,7 +422,9 @@ def _linear(
     scale = _smoothing(weight, method, config, seen) if method in _SMOOTHED.get(config.smoothing, ()) else None
     options: dict[str, Any] = {"bias": bias, "backend": config.backend}
     if scale is not None:
-        weight, options["input_scale"] = weight * scale.to(weight), (1 / scale).to(weight.dtype)
+        options["input_scale"] = (1 / scale).clamp(max=6e4).to(weight.dtype) # half precision ends soon after
+        scale = 1 / options["input_scale"].to(scale) # exactly what inputs are divided by
+        weight = weight.to(scale) * scale
     if method == "int8_static":
         options["input_params"] = seen.watchers["range"].params() # type: ignore[attr-defined]
     if config.rounding == "gptq" and method in _ON_GRIDS:
@@ -441,7 +457,7 @@ def _clipped(weight: Tensor, config: QuantConfig, seen: _Seen, scale: Tensor) ->
     "AWQ's other half: a grid that gives up its ends where that helps the rest."
     sample = seen.watchers["sample"]
     assert isinstance(sample, InputSample)
-    rows = sample.rows / scale.to(sample.rows)
+    rows = sample.rows.to(scale) / scale
     return clipped_grid(weight, rows.T @ rows / len(rows), group=config.group, symmetric=config.symmetric)
 
 def _loud_columns(seen: _Seen, threshold: float) -> Tensor | None: # indices; None if nothing was looked at
@@ -486,7 +502,7 @@ def _replacements(
 ) -> dict[int, nn.Module]: # by the identity of what they replace
     "The layers of the new model."
     layers, _ = _plan(model, config)
-    formats, _ = _formats(layers, config)
+    formats, _ = _formats(layers, config, _casting(model))
     users = Counter(id(module.weight) for module in layers.values())
     packed: dict[int, tuple[Tensor, Tensor]] = {}
     rows = [module for module in layers.values() if isinstance(module, nn.Embedding) or users[id(module.weight)] > 1]
@@ -518,7 +534,8 @@ def quantize(
         raise InputError("; ".join(f"{f.name or type(model).__name__}: {f.what} ({f.fix})" for f in fatal))
     for finding in findings:
         _log.info("%s", finding)
-    memo = _replacements(model, config, calibration, progress)
+    with torch.autocast(next(model.parameters()).device.type, enabled=False): # whoever looks at inputs wants all their digits
+        memo = _replacements(model, config, calibration, progress)
     return _tie_heads(_exchange(model, memo) if inplace else copy.deepcopy(model, dict(memo)), config.backend)
 
 # %% ../../nbs/85_quantization.post_training.ipynb #39dd4eee
@@ -553,11 +570,21 @@ def is_quantized(
     return any(isinstance(module, _QUANTIZED) for module in model.modules())
 
 # %% ../../nbs/85_quantization.post_training.ipynb #c93a9bfa
+def _own_dtype(model: nn.Module) -> torch.dtype: # float32 where all is packed
+    "The type of what a quantized model keeps as floats."
+    for module in model.modules():
+        packed = [module.bias] if isinstance(module, QuantizedLinear) else [module.like] if isinstance(module, Int8Embedding) else None
+        for kept in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if packed is None else packed:
+            if kept is not None and kept.is_floating_point():
+                return kept.dtype
+    return torch.float32
+
 def restore(
     model: _Model, # quantized, not touched
-    dtype: torch.dtype = torch.float32, # of the matrices that come back
+    dtype: torch.dtype | None = None, # of the matrices that come back (None: that of the model's biases and norms)
 ) -> _Model: # the same model with torch's own layers
     "A float model with the weights of the quantized one. Inputs are no longer rounded, where they were."
+    dtype = dtype or _own_dtype(model)
     weights: dict[int, nn.Parameter] = {}
     memo: dict[int, nn.Module] = {}
     for module in model.modules():
@@ -864,10 +891,11 @@ def _assemble(
     names = dict(base.named_modules(remove_duplicate=False))
     new = copy.deepcopy(base, {id(names[name]): _empty_layer(name, layers[name], base) for name in layers if names.get(name) is not None})
     _tie_heads(new, next((str(record["backend"]) for record in layers.values() if "backend" in record), "auto"))
-    for module in new.modules():
+    for path, module in new.named_modules():
         for name, value in module.named_parameters(recurse=False):
-            if value.is_meta:
-                setattr(module, name, nn.Parameter(torch.empty_like(value, device="cpu"), requires_grad=value.requires_grad))
+            dtype = value.dtype if isinstance(module, _QUANTIZED) else state.get(f"{path}.{name}".lstrip("."), value).dtype
+            if value.is_meta or dtype != value.dtype:
+                setattr(module, name, nn.Parameter(torch.empty_like(value, dtype=dtype, device="cpu"), requires_grad=value.requires_grad))
     for alias, first in description["aliases"].items():
         _tie(new, alias, str(first))
         state[alias] = state[str(first)]
@@ -891,8 +919,9 @@ def load_quantized(
     "Load a quantized model. Raises `InputError` for a folder that is damaged, incomplete, or of another model."
     path = Path(folder)
     description = _read_description(path)
-    base = _skeleton(description["model"], str(path)) if model is None else model
+    base = model
     try:
+        base = _skeleton(description["model"], str(path)) if model is None else model
         return _assemble(base, description, safetensors.torch.load_file(path / _TENSORS))
     except (AttributeError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        raise InputError(f"this does not fit a {type(base).__name__} like that: {error!s:.300}", where=str(path)) from error
+        raise InputError(f"this does not fit a {'DecoderLM' if base is None else type(base).__name__} like that: {error!s:.300}", where=str(path)) from error
