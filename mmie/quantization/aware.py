@@ -131,6 +131,7 @@ def _own_weight(
 # %% ../../nbs/86_quantization.aware.ipynb #6bf02f55
 class AwareLinear(nn.Module):
     "A linear layer that computes with the weights it will have when it is packed. Jacob et al. 2018, Esser et al. 2019."
+    learns_to_be_quantized = True # so that `quantize` won't take it for something that stays a float
     input_zero: Tensor | None
 
     def __init__(
@@ -182,6 +183,8 @@ _METHODS: Mapping[str, AwareConfig] = {
 def _as_aware(config: str | AwareConfig) -> AwareConfig:
     if isinstance(config, AwareConfig):
         return config
+    if not isinstance(config, str):
+        raise InputError(f"a {type(config).__name__}", where="prepare_aware", fix="give the name of a method, or an AwareConfig")
     if config not in _METHODS:
         raise InputError(f"no training for {config!r}", fix=did_you_mean(config, _METHODS) or f"one of {', '.join(_METHODS)}")
     return _METHODS[config]

@@ -62,8 +62,9 @@ def swap_divergence(
     batch: int = 8, # rows at a time
 ) -> Tensor: # (swaps,) float64: divergence from the original's predictions, bits per token
     "How far exchanging some layers moves a model's predictions. Raises `InputError` for ids that aren't rows of text."
-    if ids.ndim != 2 or ids.shape[1] < 2 or not len(ids):
-        raise InputError(f"ids of shape {tuple(ids.shape)}", where="ids", fix="rows of at least two tokens")
+    shape = ids.shape if isinstance(ids, Tensor) else ()
+    if len(shape) != 2 or shape[1] < 2 or not shape[0]:
+        raise InputError(f"ids of shape {tuple(shape)}", where="ids", fix="a tensor: rows of at least two tokens")
     stage = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     total = torch.zeros(len(swaps), dtype=torch.float64)
     with inference(stage):
@@ -205,16 +206,17 @@ def spend_exactly(
 # %% ../../nbs/87_quantization.mixed.ipynb #228c9df2
 def choose_layers(
     found: Sensitivity, # from `layer_sensitivity`
-    budget: int, # bytes for the whole model
+    budget: float, # bytes for the whole model
     *,
     exact: bool = True, # the optimum; False: greedily
 ) -> QuantConfig: # for `quantize`: a method for each layer
     "The least harm that fits into a number of bytes. Raises `InputError` for fewer bytes than the methods can reach."
     spend = spend_exactly if exact else spend_greedily
-    if budget < (least := int(found.size.min(1).values.sum()) + found.rest):
+    least, most = (int(ends.sum()) + found.rest for ends in (found.size.min(1).values, found.size.max(1).values))
+    if not budget >= least:
         raise InputError(f"{format_bytes(budget)} are too few for this model", where="budget",
                          fix=f"these methods need {least:,} bytes at least")
-    choice = spend(found.harm, found.size, budget - found.rest)
+    choice = spend(found.harm, found.size, int(min(budget, most)) - found.rest)
     formats = {name: found.formats[name][m] for unit, m in zip(found.units, choice, strict=True) for name in unit}
     keep = tuple(name for name, format in formats.items() if format == "float")
     layers = {name: format for name, format in formats.items() if format not in ("float", "table")}

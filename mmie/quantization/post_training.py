@@ -63,7 +63,7 @@ _SMOOTHED = {"smoothquant": _WITH_INPUTS, "awq": {"int8_weight", *_WITH_GROUPS}}
 class QuantConfig(Settings):
     "How to quantize a model. Raises `InputError` for a field that nothing would look at."
     method: Method = Field("int8_weight", description="format of the linear layers")
-    layers: dict[str, Method] = Field({}, description="formats of some layers or modules, by patterns such as 'blocks.?.mlp'; the first counts")
+    layers: dict[str, Method] = Field({}, description="formats of some layers, by patterns such as 'blocks.?.mlp'; the first counts")
     group: Literal[32, 64, 128, 256] = Field(64, description="int4, nf4: weights that share a scale")
     symmetric: bool = Field(False, description="int4: a grid with its middle at zero instead of one from the smallest to the largest")
     double_quantization: bool = Field(True, description="nf4: quantize the scales, too")
@@ -249,8 +249,8 @@ def _formats(
         width = _matrix(module).shape[1]
         why = "several layers share its matrix" if users[id(module.weight)] > 1 and wanted != "int8_weight" else ""
         if wanted in _WITH_GROUPS and not why:
-            casts, odd = name.rpartition(".")[2] in casting, width % config.group
-            why = f"{width} inputs don't divide into groups of {config.group}" if odd else "its inputs are cast to its weights' type" if casts else ""
+            why = "its inputs are cast to its weights' type" if name.rpartition(".")[2] in casting else ""
+            why = f"{width} inputs don't divide into groups of {config.group}" if width % config.group else why
         if why:
             formats[name] = "int8_weight"
             findings.append(Finding(name, why, f"it becomes int8_weight, not {wanted}", fatal=False))
@@ -292,6 +292,8 @@ def check_compatible(
     done = [name for name, module in model.named_modules() if isinstance(module, _QUANTIZED)]
     if done:
         return [Finding(done[0], f"{len(done)} layers are quantized already", "quantize the float model", fatal=True)]
+    if learning := [name for name, module in model.named_modules() if getattr(module, "learns_to_be_quantized", False)]:
+        return [Finding(learning[0], f"{len(learning)} layers learn to be quantized", "finish with convert_aware(model)", fatal=True)]
     layers, findings = _plan(model, config)
     formats, others = _formats(layers, config, _casting(model))
     names = [name for name, _ in model.named_modules() if name]
@@ -767,8 +769,9 @@ def prediction_drift(
     batch: int = 8, # rows at a time
 ) -> Drift:
     "Compare two models' next-token predictions on the same text."
-    if ids.ndim != 2 or ids.shape[1] < 2 or not len(ids):
-        raise InputError(f"ids of shape {tuple(ids.shape)}", fix="rows of at least two tokens")
+    shape = ids.shape if isinstance(ids, Tensor) else ()
+    if len(shape) != 2 or shape[1] < 2 or not shape[0]:
+        raise InputError(f"ids of shape {tuple(shape)}", fix="a tensor: rows of at least two tokens")
     sums = torch.zeros(4, dtype=torch.float64)
     with inference(original), inference(other):
         for rows in ids.split(batch):
@@ -924,4 +927,5 @@ def load_quantized(
         base = _skeleton(description["model"], str(path)) if model is None else model
         return _assemble(base, description, safetensors.torch.load_file(path / _TENSORS))
     except (AttributeError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        raise InputError(f"this does not fit a {'DecoderLM' if base is None else type(base).__name__} like that: {error!s:.300}", where=str(path)) from error
+        kind = "DecoderLM" if base is None else type(base).__name__
+        raise InputError(f"this does not fit a {kind} like that: {error!s:.300}", where=str(path)) from error
