@@ -26,6 +26,7 @@ bench: $(DEV) ## Speed beside the programs that people use instead (some minutes
 	mmie bench tokenizer
 	mmie bench attention
 	mmie bench decode
+	mmie bench quantization
 	mmie bench train-step
 	mmie bench train
 
