@@ -26,7 +26,7 @@ from .attention.positions import ALiBi
 from .core import InputError, Settings, did_you_mean
 from .measure import format_bytes, html_table, text_table
 from .models.decoder import IGNORE, ModelConfig
-from .quantization.activations import Calibration, watch_inputs
+from .quantization.activations import CalibrationData, watch_inputs
 from .quantization.calibrated import HessianWatcher, inverse_factor
 from .quantization.linear import QuantizedLinear, frozen
 from .training.data import Batch
@@ -287,7 +287,7 @@ def _fault(
 def _check_prunable(
     model: nn.Module, # not touched
     config: PruneConfig, # what you mean to do
-    calibration: Calibration | None = None, # text, where the method needs some
+    calibration: CalibrationData | None = None, # text, where the method needs some
 ) -> None:
     "Raise `InputError` with every reason why it can't be done."
     if config.needs_text and calibration is None:
@@ -323,7 +323,7 @@ def _by_block(names: Sequence[str]) -> list[list[str]]:
 def _listen(
     model: nn.Module, # not changed
     names: Sequence[str], # layers whose inputs are wanted
-    calibration: Calibration | None, # text as token ids
+    calibration: CalibrationData | None, # text as token ids
     moments: bool, # all second moments, or only the diagonal
 ) -> dict[str, _Listener]: # by name; empty without calibration
     "Watch what arrives at some layers."
@@ -356,7 +356,7 @@ def _prune_layer(
 def _prune_weights(
     model: nn.Module, # changed
     config: PruneConfig, # how
-    calibration: Calibration | None, # text, where it's needed
+    calibration: CalibrationData | None, # text, where it's needed
 ) -> None:
     "Single weights, block by block."
     layers = {name: m for name, m in prunable(model, config).items() if _share(name, config)}
@@ -377,7 +377,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 def prune_model(
     model: _Model, # trained: not touched unless `inplace`
     method: str | PruneConfig = "magnitude", # or a configuration
-    calibration: Calibration | None = None, # batches of token ids, as much like what the model will read as possible
+    calibration: CalibrationData | None = None, # batches of token ids, as much like what the model will read as possible
     *,
     inplace: bool = False, # change this very model
 ) -> _Model: # the same kind of model
@@ -694,7 +694,7 @@ def _keep_best(
 def _prune_units(
     model: nn.Module, # changed
     config: PruneConfig, # how
-    calibration: Calibration | None, # text
+    calibration: CalibrationData | None, # text
 ) -> None:
     "Whole units, block by block, the same number everywhere."
     todo, sizes = _units_to_prune(model, config), dict[str, int]()

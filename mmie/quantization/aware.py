@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from ..core import InputError, Settings, did_you_mean
-from .activations import Calibration, Int8DynamicLinear, Int8StaticLinear, make_observer, quantize_tokens, watch_inputs
+from .activations import CalibrationData, Int8DynamicLinear, Int8StaticLinear, make_observer, quantize_tokens, watch_inputs
 from .affine import PER_ROW, Granularity, QuantParams, choose_params, from_blocks, quantize_affine, to_blocks
 from .linear import Int8Linear, QuantizedLinear
 from .packed import Int4Linear
@@ -230,7 +230,7 @@ def _input_params(
     model: nn.Module, # not touched
     names: list[str], # of its layers
     config: AwareConfig, # says which observer
-    calibration: Calibration | None, # batches of token ids
+    calibration: CalibrationData | None, # batches of token ids
 ) -> dict[str, QuantParams]: # empty unless inputs are static
     "See what comes in. Raises `InputError` without data, or for data that isn't needed."
     if (config.inputs == "static") != (calibration is not None):
@@ -259,7 +259,7 @@ def _exchanged(
 def prepare_aware(
     model: _Model, # trained, in floating point; not touched unless `inplace`
     config: str | AwareConfig = "int4_weight", # or "int8_weight", "int8_dynamic", "int8_static"
-    calibration: Calibration | None = None, # for static inputs: batches of token ids, as for `watch_inputs`
+    calibration: CalibrationData | None = None, # for static inputs: batches of token ids, as for `watch_inputs`
     *,
     inplace: bool = False, # change this very model
 ) -> _Model: # to be trained like any other, then given to `convert_aware`

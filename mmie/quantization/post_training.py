@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from ..core import InputError, Settings, atomic_write, did_you_mean, inference
 from ..measure import format_bytes, html_table, text_table
 from ..models.decoder import DecoderLM, ModelConfig
-from .activations import Calibration, Int8DynamicLinear, Int8StaticLinear, OutlierLinear, Watcher, make_observer, watch_inputs
+from .activations import CalibrationData, Int8DynamicLinear, Int8StaticLinear, OutlierLinear, Watcher, make_observer, watch_inputs
 from .affine import QuantParams, fake_quantize, quantize_affine
 from .calibrated import HessianWatcher, InputSample, awq_scale, clipped_grid, gptq, rescale_hessian, smooth_scale
 from .linear import Int8Embedding, Int8Linear, QuantizedLinear, dequantize_rows, frozen, quantize_rows, row_params
@@ -285,7 +285,7 @@ def _layer_faults(
 def check_compatible(
     model: nn.Module, # is not touched
     method: str | QuantConfig = "int8_weight", # what you mean to do
-    calibration: Calibration | None = None, # batches of token ids, for methods that need to see inputs
+    calibration: CalibrationData | None = None, # batches of token ids, for methods that need to see inputs
 ) -> list[Finding]: # empty: everything that can be quantized will be, as was asked
     "Everything that would fail or turn out differently, and why, before anything is changed."
     config = as_config(method)
@@ -368,7 +368,7 @@ def _look(
     model: nn.Module, # as it is, in floating point or partly quantized
     chunk: Mapping[str, tuple[nn.Module, Method]], # layers by name, and what they will be
     config: QuantConfig, # of the model
-    calibration: Calibration | None, # None: nothing to look at
+    calibration: CalibrationData | None, # None: nothing to look at
     progress: bool, # show a bar
 ) -> dict[str, _Seen]: # for those that want to know
     "Run calibration text through a model and remember what layers see."
@@ -499,7 +499,7 @@ def _standing_in(
 def _replacements(
     model: nn.Module, # in floating point, put back as it was
     config: QuantConfig, # what is wanted
-    calibration: Calibration | None, # for those that look
+    calibration: CalibrationData | None, # for those that look
     progress: bool, # show bars
 ) -> dict[int, nn.Module]: # by the identity of what they replace
     "The layers of the new model."
@@ -523,7 +523,7 @@ def _replacements(
 def quantize(
     model: _Model, # trained, in floating point: not touched unless `inplace`
     method: str | QuantConfig = "int8_weight", # or a configuration
-    calibration: Calibration | None = None, # batches of token ids (batch, length), for methods that have to see inputs
+    calibration: CalibrationData | None = None, # batches of token ids (batch, length), for methods that have to see inputs
     *,
     inplace: bool = False, # exchange the layers of this very model, and free its float weights
     progress: bool = False, # show a bar while looking at the calibration data
