@@ -16,7 +16,7 @@ from mmie.quantization.activations import (
     Int8DynamicLinear,
     Int8StaticLinear,
     OutlierLinear,
-    Tally,
+    ValueCounts,
     integer_product,
     make_observer,
     outlier_columns,
@@ -227,7 +227,7 @@ def test_observers_of_odd_values(name, values):
 def test_tally_knows_no_order(values, random):
     shuffled = values.copy()
     random.shuffle(shuffled)
-    a, b = Tally(64), Tally(64)
+    a, b = ValueCounts(64), ValueCounts(64)
     for value in values:
         a.see(torch.tensor([value]))
     b.see(torch.tensor(shuffled))

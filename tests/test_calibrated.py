@@ -20,7 +20,7 @@ from mmie.quantization.calibrated import (
     column_prices,
     gptq,
     inverse_factor,
-    outlier_figure,
+    channel_figure,
     rescale_hessian,
     row_errors,
     smooth_scale,
@@ -217,7 +217,7 @@ def test_prices() -> None:
         assert (repaired <= alone * (1 + 1e-9)).all() and torch.isclose(alone[-1], repaired[-1])
         assert torch.isclose(repaired.log().sum(), torch.logdet(hessian))
     assert inverse_factor(hessian).equal(inverse_factor(hessian).triu())
-    assert len(column_figure(hessian).axes) == 2 and len(outlier_figure({"a": torch.rand(4), "b": torch.rand(4)}).axes) == 2
+    assert len(column_figure(hessian).axes) == 2 and len(channel_figure({"a": torch.rand(4), "b": torch.rand(4)}).axes) == 2
 
 
 def test_watchers_wherever_they_are_called() -> None:

@@ -25,7 +25,7 @@ from ..measure import format_bytes, tensor_bytes
 from ..models.decoder import DecoderCache, DecoderLM, OneToken, RemembersPositions, is_plain, make_cache
 from ..models.generation import generate as generate_tokens
 from ..models.layers import Block
-from .activations import Calibration
+from .activations import CalibrationData
 from .post_training import QuantConfig, quantizable, quantize
 
 # %% ../../nbs/87_quantization.mixed.ipynb #c3d64fba
@@ -116,7 +116,7 @@ def layer_sensitivity(
     ids: Tensor, # (batch, length) token ids of real text
     methods: Sequence[str] = ("int4_weight", "int8_weight"), # of `QuantConfig`
     config: QuantConfig | None = None, # the other settings, the same for all
-    calibration: Calibration | None = None, # text for methods that look at inputs
+    calibration: CalibrationData | None = None, # text for methods that look at inputs
     *,
     batch: int = 8, # rows of ids at a time
 ) -> Sensitivity:

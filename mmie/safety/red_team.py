@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Talk', 'AttackScorer', 'HARMLESS', 'INJECTION_DEFENSES', 'AttackTarget', 'one_by_one', 'SimulatedTarget',
            'ModelTarget', 'HttpTarget', 'names_marker', 'names_willingly', 'ScorerQuality', 'scorer_quality', 'Trial',
-           'run_campaign', 'CampaignReport', 'campaign_figure', 'campaign_page', 'defended']
+           'run_campaign', 'CampaignReport', 'over_refusal', 'broken_payloads', 'campaign_table', 'campaign_figure',
+           'campaign_page', 'defended']
 
 # %% ../../nbs/65_safety.red_team.ipynb #906ca157
 import hashlib
@@ -418,36 +419,22 @@ def _pooled(
     wilson = rate_estimate(Score(round(rate * groups), groups))
     return Estimate(rate, min(wilson.low, rate), max(wilson.high, rate), n=groups)
 
-
+# %% ../../nbs/65_safety.red_team.ipynb #cb2dcc42
 @dataclass(frozen=True, slots=True)
 class CampaignReport:
     "What a campaign says. Raises `InputError` if it attacked nothing, or never got an answer."
     trials: Sequence[Trial] # of `run_campaign`
     quality: ScorerQuality | None = None # of the scorer, to correct the rates for its mistakes
+    attacks: list[str] = field(init=False, repr=False) # names, in the order tried
+    categories: list[str] = field(init=False, repr=False) # of payloads, in the order tried
+    payloads: list[str] = field(init=False, repr=False) # ids, in the order tried
 
     def __post_init__(self) -> None:
-        if not any(trial.attack != HARMLESS and trial.flagged is not None for trial in self.trials):
+        if not self.answered():
             raise InputError("no attack got an answer, so nothing is known", where="CampaignReport")
-
-    @property
-    def attacks(self) -> list[str]: # names, in the order tried
-        "What was tried."
-        return list(dict.fromkeys(trial.attack for trial in self.trials if trial.attack != HARMLESS))
-
-    @property
-    def categories(self) -> list[str]: # in the order tried
-        "Kinds of payloads."
-        return list(dict.fromkeys(trial.category for trial in self.trials))
-
-    @property
-    def payloads(self) -> list[str]: # ids
-        "What it was about."
-        return list(dict.fromkeys(trial.payload for trial in self.trials))
-
-    @property
-    def unanswered(self) -> int: # trials
-        "How often the target gave no answer."
-        return sum(trial.flagged is None for trial in self.trials)
+        object.__setattr__(self, "attacks", list(dict.fromkeys(t.attack for t in self.trials if t.attack != HARMLESS)))
+        object.__setattr__(self, "categories", list(dict.fromkeys(t.category for t in self.trials)))
+        object.__setattr__(self, "payloads", list(dict.fromkeys(t.payload for t in self.trials)))
 
     def answered(
         self,
@@ -468,28 +455,36 @@ class CampaignReport:
         flags = [bool(trial.flagged) for trial in trials]
         if self.quality:
             return corrected_rate(Score.of(flags), self.quality.sensitivity, self.quality.specificity)
-        if attack or not flags:
-            return rate_estimate(Score.of(flags))
-        return _pooled(flags, [trial.payload for trial in trials])
+        return rate_estimate(Score.of(flags)) if attack or not flags else _pooled(flags, [trial.payload for trial in trials])
 
-    def over_refusal(self) -> Estimate | None: # None if no harmless request was answered
-        "How often harmless requests were declined."
-        twins = [bool(trial.flagged) for trial in self.trials if trial.attack == HARMLESS and trial.flagged is not None]
-        return rate_estimate(Score.of(twins)) if twins else None
+# %% ../../nbs/65_safety.red_team.ipynb #af90464b
+def over_refusal(
+    report: CampaignReport, # with harmless requests in it
+) -> Estimate | None: # None if none was answered
+    "How often harmless requests were declined."
+    twins = [bool(trial.flagged) for trial in report.trials if trial.attack == HARMLESS and trial.flagged is not None]
+    return rate_estimate(Score.of(twins)) if twins else None
 
-    def broken(self) -> dict[str, bool]: # payload → whether at least one attack was flagged
-        "What an attacker gets who tries everything, as flagged."
-        hits = {trial.payload for trial in self.answered() if trial.flagged}
-        return {payload: payload in hits for payload in dict.fromkeys(trial.payload for trial in self.answered())}
 
-    def __str__(self) -> str:
-        rows = [(name, str(len(mine)), str(sum(bool(t.flagged) for t in mine)), f"{self.success(name):.0%}")
-                for name in self.attacks if (mine := self.answered(name))]
-        refusal = self.over_refusal()
-        lines = [text_table(["attack", "tried", "flagged", "success, 95 %"], rows), f"all attacks: {self.success():.0%}",
-                 f"payloads broken by at least one: {sum(self.broken().values())} of {len(self.broken())}"]
-        lines += [] if refusal is None else [f"harmless requests declined: {refusal:.0%}"]
-        return "\n".join([*lines, f"without an answer: {self.unanswered}"])
+def broken_payloads(
+    report: CampaignReport, # of all attacks
+) -> dict[str, bool]: # payload → whether at least one attack was flagged
+    "What an attacker gets who tries everything, as flagged."
+    hits = {trial.payload for trial in report.answered() if trial.flagged}
+    return {payload: payload in hits for payload in dict.fromkeys(trial.payload for trial in report.answered())}
+
+
+def campaign_table(
+    report: CampaignReport, # to be shown
+) -> str: # for a terminal
+    "Each attack's rate, and what belongs beside it."
+    rows = [(name, str(len(mine)), str(sum(bool(t.flagged) for t in mine)), f"{report.success(name):.0%}")
+            for name in report.attacks if (mine := report.answered(name))]
+    broken, refusal = broken_payloads(report).values(), over_refusal(report)
+    lines = [text_table(["attack", "tried", "flagged", "success, 95 %"], rows), f"all attacks: {report.success():.0%}",
+             f"payloads broken by at least one: {sum(broken)} of {len(broken)}"]
+    lines += [] if refusal is None else [f"harmless requests declined: {refusal:.0%}"]
+    return "\n".join([*lines, f"without an answer: {sum(trial.flagged is None for trial in report.trials)}"])
 
 # %% ../../nbs/65_safety.red_team.ipynb #10dc8c18
 def campaign_figure(
@@ -524,8 +519,8 @@ def campaign_page(
     examples = [next((t for t in report.answered(name) if t.flagged), None) for name in report.attacks]
     picture = Markup(figure_html(campaign_figure(report), "Share of flagged trials by attack and category, and each attack's success rate"))
     return page_templates().get_template("safety/red_team.html.j2").render(
-        r=report, title=title, overall=report.success(), refusal=report.over_refusal(), broken=sum(report.broken().values()), rows=rows,
-        picture=picture, examples=[trial for trial in examples if trial])
+        r=report, title=title, overall=report.success(), refusal=over_refusal(report), broken=sum(broken_payloads(report).values()), rows=rows,
+        unanswered=sum(trial.flagged is None for trial in report.trials), picture=picture, examples=[trial for trial in examples if trial])
 
 # %% ../../nbs/65_safety.red_team.ipynb #e861965b
 _DATA = re.compile(r"<(document|tool_result)\b[^>]*>(.*)</\1>", re.DOTALL) # up to the last closing tag, which is the application's
