@@ -41,7 +41,7 @@ class Watcher(Protocol):
     ) -> None:
         "Take note of a batch."
 
-CalibrationData: TypeAlias = Sequence[Tensor | Mapping[str, Tensor]] # batches: token ids (batch, length), or keywords for a Hugging Face model
+CalibrationData: TypeAlias = Sequence[Tensor | Mapping[str, Tensor]] # batches: token ids (batch, length), or keywords by name
 
 # %% ../../nbs/83_quantization.activations.ipynb #11d5ef64
 def _vocabulary(
@@ -79,7 +79,7 @@ def _check_names(model: nn.Module, batch: Tensor | Mapping[str, Tensor], where: 
     try:
         inspect.signature(model.forward).bind(**batch)
     except TypeError as error:
-        raise InputError(f"{type(model).__name__} can't take this: {error}", where=where, fix="use the names that its forward has") from error
+        raise InputError(f"{type(model).__name__} can't take this: {error}", where=where, fix="use its forward's names") from error
 
 # %% ../../nbs/83_quantization.activations.ipynb #51a62709
 class _Hook:

@@ -536,9 +536,10 @@ def quantize(
         raise InputError("; ".join(f"{f.name or type(model).__name__}: {f.what} ({f.fix})" for f in fatal))
     for finding in findings:
         _log.info("%s", finding)
-    with torch.autocast(next(model.parameters()).device.type, enabled=False): # whoever looks at inputs wants all their digits
+    device = next(model.parameters()).device.type
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False): # all digits, and tensors like any others
         memo = _replacements(model, config, calibration, progress)
-    return _tie_heads(_exchange(model, memo) if inplace else copy.deepcopy(model, dict(memo)), config.backend)
+        return _tie_heads(_exchange(model, memo) if inplace else copy.deepcopy(model, dict(memo)), config.backend)
 
 # %% ../../nbs/85_quantization.post_training.ipynb #39dd4eee
 def _exchange(

@@ -118,7 +118,7 @@ def shingles(
     words = re.findall(r"\w+", text.lower())
     return frozenset(tuple(words[at:at + size]) for at in range(max(1, len(words) - size + 1)))
 
-
+# %% ../../nbs/62_safety.labelled.ipynb #c8631e00
 def closest_pairs(
     texts: Sequence[str], # any
     size: int = 3, # words in a row
@@ -140,7 +140,7 @@ class Assessed(Protocol):
     @property
     def score(self) -> float: ... # 0 (fine) to 1 (bad)
 
-
+# %% ../../nbs/62_safety.labelled.ipynb #ce26c443
 @dataclass(frozen=True, slots=True)
 class EvaluatorReport:
     "How an evaluator did on labelled items, all with 95 % intervals."
@@ -168,7 +168,7 @@ def _f1(
     "The harmonic mean of precision and recall."
     return 2 * float((bad & flagged).sum()) / max(1, int(bad.sum()) + int(flagged.sum()))
 
-
+# %% ../../nbs/62_safety.labelled.ipynb #b4f4d707
 def _by_kind(
     items: Sequence[LabelledItem], # of one label
     flagged: Mapping[str, bool], # id → called bad
@@ -177,7 +177,7 @@ def _by_kind(
     kinds = {kind: [flagged[item.id] for item in items if item.kind == kind] for kind in KINDS}
     return {kind: Score.of(marks) for kind, marks in kinds.items() if marks}
 
-# %% ../../nbs/62_safety.labelled.ipynb #56369f7b
+# %% ../../nbs/62_safety.labelled.ipynb #e9d6455c
 def measure_evaluations(
     items: Sequence[LabelledItem], # of both labels
     evaluations: Sequence[Assessed], # one for each item, in the same order
@@ -202,7 +202,7 @@ def measure_evaluations(
         _by_kind([item for item in items if not item.bad], called), _by_kind([item for item in items if item.bad], called),
         int(silent.sum()), tuple(item.id for item in items if called[item.id] != item.bad))
 
-
+# %% ../../nbs/62_safety.labelled.ipynb #e03392e4
 def measure_evaluator(
     evaluator: Callable[[str], Assessed], # such as `evaluate_harm_potential`
     items: Sequence[LabelledItem], # of one principle, the evaluator's own
@@ -294,7 +294,7 @@ def _judged(
         return Evaluation(principle, 0.0, "not evaluated", method="embedding", reason="there are no words in it")
     return Evaluation(principle, max(scores), "bad" if max(scores) >= 0.5 else "fine", method="embedding")
 
-
+# %% ../../nbs/62_safety.labelled.ipynb #e73e75e5
 class EmbeddingEvaluator:
     "Judges a text by the labelled examples that it resembles. Raises `InputError` for several principles or a single label."
     def __init__(

@@ -486,7 +486,7 @@ def campaign_table(
     lines += [] if refusal is None else [f"harmless requests declined: {refusal:.0%}"]
     return "\n".join([*lines, f"without an answer: {sum(trial.flagged is None for trial in report.trials)}"])
 
-# %% ../../nbs/65_safety.red_team.ipynb #10dc8c18
+# %% ../../nbs/65_safety.red_team.ipynb #2f213a09
 def campaign_figure(
     report: CampaignReport, # to be shown
 ) -> "Figure": # a heat map of what was flagged, and the rates with their intervals beside it
@@ -519,13 +519,14 @@ def campaign_page(
     examples = [next((t for t in report.answered(name) if t.flagged), None) for name in report.attacks]
     picture = Markup(figure_html(campaign_figure(report), "Share of flagged trials by attack and category, and each attack's success rate"))
     return page_templates().get_template("safety/red_team.html.j2").render(
-        r=report, title=title, overall=report.success(), refusal=over_refusal(report), broken=sum(broken_payloads(report).values()), rows=rows,
+        r=report, title=title, overall=report.success(), refusal=over_refusal(report), rows=rows,
+        broken=sum(broken_payloads(report).values()),
         unanswered=sum(trial.flagged is None for trial in report.trials), picture=picture, examples=[trial for trial in examples if trial])
 
 # %% ../../nbs/65_safety.red_team.ipynb #e861965b
 _DATA = re.compile(r"<(document|tool_result)\b[^>]*>(.*)</\1>", re.DOTALL) # up to the last closing tag, which is the application's
 _KEY = secrets.token_bytes(16)
-_ORDER = re.compile(r"[^.!?\n]*\b(?:assistant|instructions?|ignore|must do|do the following)\b[^.!?\n]*[.!?:]?", re.IGNORECASE)
+_ORDER = re.compile(r"[^.!?\n]*\b(?:assistant|instructions?|ignore|must do|do the following)\b[^\n]*", re.IGNORECASE)
 
 
 def _fenced(text: str) -> str:
