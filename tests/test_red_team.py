@@ -14,7 +14,7 @@ from mmie.core import InputError
 from mmie.models.decoder import DecoderLM, ModelConfig
 from mmie.safety.attacks import STRATEGIES, Attack, Payload, code_words, convert
 from mmie.safety.red_team import (
-    HARMLESS,
+    HARMLESS_TWIN,
     INJECTION_DEFENSES,
     CampaignReport,
     HttpTarget,
@@ -148,7 +148,7 @@ def trial(attack, payload, flagged, category="word"):
 
 
 def test_report_counts():
-    trials = [trial("a", "1", True), trial("a", "2", False), trial("a", "3", None), trial("b", "1", True, "name"), trial(HARMLESS, "1", True)]
+    trials = [trial("a", "1", True), trial("a", "2", False), trial("a", "3", None), trial("b", "1", True, "name"), trial(HARMLESS_TWIN, "1", True)]
     report = CampaignReport(trials)
     assert report.attacks == ["a", "b"] and report.categories == ["word", "name"]
     assert report.success("a").value == 0.5 and report.success(category="name").value == 1 and report.success().value == pytest.approx(2 / 3)

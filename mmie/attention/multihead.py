@@ -55,8 +55,8 @@ def _self_qkv(layer: "_Heads", x: Tensor, position_ids: Tensor | int) -> tuple[T
 
 # %% ../../nbs/23_attention.multihead.ipynb #e84c4c8f
 def _part(layer: nn.Module, x: Tensor, start: int, stop: int) -> Tensor:
-    "Outputs start … stop - 1 of a linear layer; one that isn't plain (quantized, adapted) computes all and keeps those."
-    if type(layer) is nn.Linear:
+    "Outputs start … stop - 1 of a linear layer; one that isn't plain (quantized, adapted, watched) computes all and keeps those."
+    if type(layer) is nn.Linear and not layer._forward_pre_hooks:
         return F.linear(x, layer.weight[start:stop], None if layer.bias is None else layer.bias[start:stop])
     return layer(x)[..., start:stop]
 

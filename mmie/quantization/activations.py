@@ -73,11 +73,10 @@ def _check_batch(
 
 # %% ../../nbs/83_quantization.activations.ipynb #7e99c562
 def _check_names(model: nn.Module, batch: Tensor | Mapping[str, Tensor], where: str) -> None:
-    "Raises `InputError` for keywords that the model doesn't take."
-    if not isinstance(batch, Mapping):
-        return
+    "Raises `InputError` for arguments that the model doesn't take."
+    args, kwargs = ((), batch) if isinstance(batch, Mapping) else ((batch,), {})
     try:
-        inspect.signature(model.forward).bind(**batch)
+        inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
         raise InputError(f"{type(model).__name__} can't take this: {error}", where=where, fix="use its forward's names") from error
 
