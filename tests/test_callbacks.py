@@ -26,7 +26,7 @@ from mmie.training.checkpoint import best_checkpoint, latest_checkpoint, load_ch
 from mmie.training.data import EpochWindows, TokenFile
 from mmie.training.trainer import (
     Callback,
-    Evaluation,
+    HeldOutScore,
     HeldOut,
     ProgressBar,
     SingleProcess,
@@ -240,7 +240,7 @@ def test_early_stopping_by_definition(losses, patience, min_delta):
     for n, loss in enumerate(losses):
         stopper = pickled(stopper, patience, min_delta) # resumed before every single score
         try:
-            stopper.on_evaluated(still, Evaluation(n, n, loss, None))
+            stopper.on_evaluated(still, HeldOutScore(n, n, loss, None))
         except StopTraining:
             stopped = n
             break

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmie.core import InputError
 from mmie.safety.labelled import (
-    KINDS,
+    ITEM_KINDS,
     EmbeddingEvaluator,
     LabelledItem,
     closest_pairs,
@@ -63,7 +63,7 @@ def test_many_and_balanced() -> None:
     for half, items in HALVES.items():
         counts = Counter((item.principle, item.kind, item.label) for item in items)
         for principle in PRINCIPLES:
-            for kind in KINDS:
+            for kind in ITEM_KINDS:
                 bad, fine = counts[principle, kind, "bad"], counts[principle, kind, "fine"]
                 assert min(bad, fine) >= 6, (half, principle, kind)
                 assert bad == fine or (principle, kind) == ("harm", "homonym")

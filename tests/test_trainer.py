@@ -25,7 +25,7 @@ from mmie.training.checkpoint import latest_checkpoint, load_checkpoint, save_ch
 from mmie.training.data import Batch, EpochWindows, TokenFile
 from mmie.training.optim import NamedOptimizer
 from mmie.training.trainer import (
-    Callback, Evaluation, HeldOut, History, SingleProcess, SkipEpoch, StopTraining, TrainConfig, Trainer, TrainingError, add_gradients, balanced_loss, evaluate,
+    Callback, HeldOutScore, HeldOut, History, SingleProcess, SkipEpoch, StopTraining, TrainConfig, Trainer, TrainingError, add_gradients, balanced_loss, evaluate,
     next_token_sum, recomputing,
 )
 
@@ -415,8 +415,8 @@ def test_a_history_is_drawn_and_summed_up_whatever_is_in_it() -> None:
         back = History.from_json(history.to_json())
         assert back.to_json() == history.to_json() and repr(back.mean_loss()) == repr(history.mean_loss())
     assert History().bits_per_byte is None and math.isnan(History().mean_loss())
-    assert Evaluation(0, 0, 5000.0, None).perplexity == math.inf and math.isnan(Evaluation(0, 0, math.nan, None).perplexity)
-    assert Evaluation(0, 0, math.log(50), None).perplexity == pytest.approx(50)
+    assert HeldOutScore(0, 0, 5000.0, None).perplexity == math.inf and math.isnan(HeldOutScore(0, 0, math.nan, None).perplexity)
+    assert HeldOutScore(0, 0, math.log(50), None).perplexity == pytest.approx(50)
 
 
 def test_a_finished_run_has_nothing_to_announce(tmp_path: Path) -> None:

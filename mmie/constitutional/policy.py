@@ -30,7 +30,7 @@ from ..models.decoder import IGNORE
 from ..training.checkpoint import State, latest_checkpoint
 from ..training.data import SourceState, _Dealt, _fingerprint, in_order_of_size
 from ..training.finetune import ChatFormat, Dialogue, Example, QAPair, chat_format, collate, grouped_batches
-from ..training.trainer import Callback, Evaluation, History, Precision, ProgressBar, TrainConfig, Trainer, _autocast
+from ..training.trainer import Callback, HeldOutScore, History, Precision, ProgressBar, TrainConfig, Trainer, _autocast
 
 # %% ../../nbs/76_constitutional.policy.ipynb #ae90e472
 if TYPE_CHECKING:
@@ -517,7 +517,7 @@ class PreferenceObjective(Callback):
     def on_step_end(self, trainer: Trainer) -> None: # its `step` counts this one
         self.pairs += self._stats(trainer.step, True)
 
-    def on_evaluated(self, trainer: Trainer, evaluation: Evaluation) -> None: # of held-out pairs
+    def on_evaluated(self, trainer: Trainer, evaluation: HeldOutScore) -> None: # of held-out pairs
         self.held_out += self._stats(trainer.step, False)
 
     def state_dict(self) -> dict[str, State]: # the curves so far

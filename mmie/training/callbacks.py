@@ -32,7 +32,7 @@ from ..tokenization.base import TextTokenizer
 from .checkpoint import State
 from .data import BatchSource
 from mmie.training.trainer import (
-    Callback, Evaluation, History, LossFunction, StopTraining, TrainConfig, Trainer, evaluate, next_token_sum, random_state,
+    Callback, HeldOutScore, History, LossFunction, StopTraining, TrainConfig, Trainer, evaluate, next_token_sum, random_state,
     set_random_state,
 )
 
@@ -72,7 +72,7 @@ class EarlyStopping(Callback):
             raise InputError("there are no scores to judge by", where="EarlyStopping", fix="give the trainer valid_data and set eval_every")
         _stop_if(_verdict(self))
 
-    def on_evaluated(self, trainer: Trainer, evaluation: Evaluation) -> None: # a new score
+    def on_evaluated(self, trainer: Trainer, evaluation: HeldOutScore) -> None: # a new score
         _compare_with_best(self, trainer, evaluation)
         _stop_if(_verdict(self))
 
@@ -95,7 +95,7 @@ _STANDING = ("best", "best_step", "waited", "last")
 def _compare_with_best(
     stopper: EarlyStopping, # takes note
     trainer: Trainer, # whose weights are copied if they are the best
-    evaluation: Evaluation, # the newest
+    evaluation: HeldOutScore, # the newest
 ) -> None:
     "Keep count, and the weights."
     stopper.last, stopper.waited = evaluation.loss, stopper.waited + 1
@@ -478,7 +478,7 @@ class JsonLog(Callback):
     def on_saved(self, trainer: Trainer, path: Path) -> None: self._write(trainer, "saved", path=str(path)) # a checkpoint
     def on_epoch_end(self, trainer: Trainer) -> None: self._write(trainer, "epoch_end") # the data has been read
 
-    def on_evaluated(self, trainer: Trainer, evaluation: Evaluation) -> None: # a score
+    def on_evaluated(self, trainer: Trainer, evaluation: HeldOutScore) -> None: # a score
         self._write(trainer, "evaluated", loss=evaluation.loss, bits_per_byte=evaluation.bits_per_byte)
 
     def on_fit_end(self, trainer: Trainer) -> None: # closes the file
@@ -538,7 +538,7 @@ class TensorBoard(Callback):
         if trainer.step % self.every == 0:
             self._add(trainer.step, _points(trainer.history))
 
-    def on_evaluated(self, trainer: Trainer, evaluation: Evaluation) -> None: # one or two
+    def on_evaluated(self, trainer: Trainer, evaluation: HeldOutScore) -> None: # one or two
         self._add(evaluation.step, {"valid/loss": evaluation.loss, "valid/bits_per_byte": evaluation.bits_per_byte})
 
     def on_fit_end(self, trainer: Trainer) -> None: # closes the file
@@ -595,7 +595,7 @@ class AveragedWeights(Callback):
     ) -> None:
         if not (_is_number(decay) and 0 < decay < 1):
             raise InputError(f"decay={decay} is no average", where="AveragedWeights", fix="use a number between 0 and 1, such as 0.999")
-        self.decay, self.evaluations = decay, list[Evaluation]()
+        self.decay, self.evaluations = decay, list[HeldOutScore]()
         self._average: AveragedModel | None = None # from the start of a fit
         self._saved: dict[str, State] = {} # from a checkpoint, until then
 
@@ -616,7 +616,7 @@ class AveragedWeights(Callback):
         if self._average is not None and math.isfinite(trainer.history.losses[-1]):
             self._average.update_parameters(trainer.model)
 
-    def on_evaluated(self, trainer: Trainer, evaluation: Evaluation) -> None: # the average, on the same data
+    def on_evaluated(self, trainer: Trainer, evaluation: HeldOutScore) -> None: # the average, on the same data
         if trainer.valid_data is not None:
             options = {"loss": trainer.loss, "precision": trainer.config.precision, "strategy": trainer.strategy}
             loss, bits = evaluate(self.model, trainer.valid_data, **options) # type: ignore[arg-type]
@@ -628,7 +628,7 @@ class AveragedWeights(Callback):
 
     def load_state_dict(self, state: dict[str, State]) -> None: # what `state_dict` returned
         self._saved = state
-        self.evaluations = [Evaluation(**e) for e in cast("list[dict]", state["evaluations"])]
+        self.evaluations = [HeldOutScore(**e) for e in cast("list[dict]", state["evaluations"])]
 
 # %% ../../nbs/44_training.callbacks.ipynb #a6779ca0
 _Tensors: TypeAlias = "tuple[Tensor, ...] | list[Tensor]"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LossFunction', 'Precision', 'EVENTS', 'next_token_sum', 'Strategy', 'SingleProcess', 'add_gradients',
-           'EvaluationSource', 'HeldOut', 'Evaluation', 'evaluate', 'bits_per_byte', 'LossScale', 'recomputing',
+           'EvaluationSource', 'HeldOut', 'HeldOutScore', 'evaluate', 'bits_per_byte', 'LossScale', 'recomputing',
            'balanced_loss', 'History', 'StopTraining', 'SkipStep', 'SkipEpoch', 'TrainingError', 'Callback',
            'ProgressBar', 'TrainConfig', 'random_state', 'set_random_state', 'Trainer']
 
@@ -195,7 +195,7 @@ class HeldOut:
 
 # %% ../../nbs/43_training.trainer.ipynb #203698d0
 @dataclass(frozen=True, slots=True)
-class Evaluation:
+class HeldOutScore:
     "How well the model predicts held-out text at one moment of a run."
 
     step: int # optimizer steps taken
@@ -367,7 +367,7 @@ class History:
     grad_norms: list[float] = field(default_factory=list) # length of the gradient before clipping
     seconds: list[float] = field(default_factory=list) # the whole step
     waits: list[float] = field(default_factory=list) # of those, waiting for data
-    evaluations: list[Evaluation] = field(default_factory=list) # on held-out data
+    evaluations: list[HeldOutScore] = field(default_factory=list) # on held-out data
     skipped: list[tuple[int, str]] = field(default_factory=list) # step and reason
     bad_steps: int = 0 # of those, the ones with a NaN or infinite loss or gradient, or too little memory for a single row
     retried: list[tuple[int, str]] = field(default_factory=list) # step and reason: cut into smaller pieces, then taken
@@ -428,7 +428,7 @@ def _with_nan(
     floats = {key: [math.nan if x is None else x for x in data[key]] for key in _MAY_BE_NAN}
     rows: list[dict[str, Any]] = [{k: float(x) if isinstance(x, str) else x for k, x in e.items()} for e in data["evaluations"]]
     pairs = {key: [(step, reason) for step, reason in data.get(key, [])] for key in ("skipped", "retried")}
-    return data | floats | pairs | {"evaluations": [Evaluation(**row) for row in rows]}
+    return data | floats | pairs | {"evaluations": [HeldOutScore(**row) for row in rows]}
 
 # %% ../../nbs/43_training.trainer.ipynb #33abbea9
 def _history_figure(
@@ -491,7 +491,7 @@ class Callback:
     def on_gradients(self, trainer: "Trainer") -> None: ... # its model's parameters have their gradients
     def on_skipped(self, trainer: "Trainer", reason: str) -> None: ... # and why
     def on_step_end(self, trainer: "Trainer") -> None: ... # its history has a new row
-    def on_evaluated(self, trainer: "Trainer", evaluation: Evaluation) -> None: ... # and what was measured
+    def on_evaluated(self, trainer: "Trainer", evaluation: HeldOutScore) -> None: ... # and what was measured
     def on_saved(self, trainer: "Trainer", path: Path) -> None: ... # and the new checkpoint (on other ranks: the run's folder)
     def on_epoch_end(self, trainer: "Trainer") -> None: ... # its `epoch` is the one that is over
     def on_fit_end(self, trainer: "Trainer") -> None: ... # whatever happened
@@ -935,7 +935,7 @@ def _evaluate_if_due(
     loss, bits = evaluate(trainer.network, trainer.valid_data, loss=trainer.loss, precision=precision, strategy=strategy,
                           between=lambda: interrupts.check(strategy))
     tokens = trainer.history.tokens[-1] if trainer.history.tokens else 0
-    done.append(Evaluation(step, tokens, loss, bits))
+    done.append(HeldOutScore(step, tokens, loss, bits))
     if not math.isfinite(loss):
         _log.warning("step %d: the held-out loss is %s", step, loss)
     _emit(trainer, "evaluated", done[-1])
