@@ -94,6 +94,13 @@ def test_links_between_chapters_lead_somewhere(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_links_hold_no_symbols(path: Path) -> None: # the site makes a link of each symbol in backticks, and links don't nest
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "markdown":
+            assert not re.findall(r"\[[^\[\]\n]*`\w[^\[\]\n]*\]\(\d\d_", cell.source)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_cells_hold_imports_or_code(path: Path) -> None:
     "The documentation runs the cells that import, and only those: a mixed one would meet names that don't exist."
     for cell in nbformat.read(path, as_version=4).cells:
