@@ -25,7 +25,7 @@ from ..core import InputError, did_you_mean, inference
 from ..figures import PALETTE, figure
 from .affine import (
     PER_ROW, PER_TENSOR, Granularity, QuantParams, choose_params, fake_quantize, params_from_range, quantize_affine)
-from .linear import QuantizedLinear, frozen, row_params
+from .linear import QuantizedLinear, frozen, row_params, with_bf16_scales
 
 # %% ../../nbs/83_quantization.activations.ipynb #58c46d4e
 if TYPE_CHECKING:
@@ -511,10 +511,7 @@ def _weight_params(
     "The grid of a weight. Raises `InputError` for NaN, infinity, or another number of dimensions."
     if weight.ndim != 2:
         raise InputError(f"a weight of shape {tuple(weight.shape)}", fix="rows and columns are needed")
-    if per_channel:
-        return row_params(weight)
-    exact = choose_params(weight)
-    return QuantParams(exact.scale.bfloat16().to(exact.scale.dtype), exact.zero_point)
+    return row_params(weight) if per_channel else with_bf16_scales(choose_params(weight))
 
 # %% ../../nbs/83_quantization.activations.ipynb #5b0ec30f
 def _straight_through(

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..core import InputError
 from ..figures import PALETTE, figure
 from .affine import PER_ROW, Granularity, QuantParams, choose_params, dequantize_affine, from_blocks, quantize_affine, to_blocks
+from .linear import with_bf16_scales
 from .packed import storable_params
 
 # %% ../../nbs/84_quantization.calibrated.ipynb #5efdf49c
@@ -182,9 +183,7 @@ def weight_grid(
     "The grid that layers round to, from the smallest to the largest weight. Raises `InputError` where groups don't fit, and for NaN."
     granularity = PER_ROW if group is None else Granularity(group=group)
     exact = choose_params(weight, bits=bits, symmetric=symmetric, granularity=granularity, clip=clip)
-    if bits == 4:
-        return storable_params(exact)
-    return QuantParams(exact.scale.bfloat16().to(exact.scale.dtype), exact.zero_point, bits, symmetric, granularity)
+    return storable_params(exact) if bits == 4 else with_bf16_scales(exact)
 
 # %% ../../nbs/84_quantization.calibrated.ipynb #a2a93a3a
 def channel_figure(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..core import InputError, default_dtype, did_you_mean
 from .affine import Granularity, QuantParams, choose_params, quantize_affine, to_blocks
-from .linear import QuantizedLinear, frozen
+from .linear import QuantizedLinear, frozen, wants_exact
 
 # %% ../../nbs/82_quantization.packed.ipynb #0660c43b
 def pack_nibbles(
@@ -189,12 +189,6 @@ def _check_backend(
         raise InputError(f"unknown backend {backend!r}", fix=did_you_mean(backend, ["auto", "plain"]))
     return backend
 
-def _wants_exact(
-    x: Tensor, # a layer's input
-) -> bool:
-    "Whether bfloat16 would not do: for double and half precision, and where a gradient is needed."
-    return x.dtype in (torch.float64, torch.float16) or (x.requires_grad and torch.is_grad_enabled())
-
 # %% ../../nbs/82_quantization.packed.ipynb #698d9185
 def _multiply(
     x: Tensor, # (rows, inputs)
@@ -307,7 +301,7 @@ class Int4Linear(QuantizedLinear):
         return _on_grid(_in_order(codes, self.block), self.grid[:, rows])
 
     def product(self, x: Tensor) -> Tensor: # (rows, in_features) → (rows, out_features)
-        exact, support = self.backend == "plain" or _wants_exact(x), int4_support(x.device.type)
+        exact, support = self.backend == "plain" or wants_exact(x), int4_support(x.device.type)
         if self.block and self.block == support.block and x.shape[0] <= support.kernel_rows and not exact:
             return _kernel4(x, self.weight, self.grid)
         return _multiply(x, self.weight.shape[0], self.part, exact)
@@ -436,7 +430,7 @@ class NF4Linear(QuantizedLinear):
         return self.scale if self.scale_grid is None else undouble(self.scale.flatten(), self.scale_grid).view(self.scale.shape)
 
     def product(self, x: Tensor) -> Tensor: # (rows, in_features) → (rows, out_features)
-        scales, exact = self.scales, self.backend == "plain" or _wants_exact(x)
+        scales, exact = self.scales, self.backend == "plain" or wants_exact(x)
         return _multiply(x, len(scales), lambda rows, dtype: _dequantize_nf4(self.weight[rows], scales[rows], dtype), exact)
 
     def packed_dense(self, dtype: torch.dtype = torch.float32) -> Tensor: # (out_features, in_features)
