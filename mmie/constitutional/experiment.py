@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HARMFUL', 'HARMLESS', 'RECIPES', 'EARLY', 'LATE', 'Marks', 'StudyConfig', 'Recipe', 'Lab', 'make_base',
            'align_by_revision', 'collect_preferences', 'train_reward', 'align_by_preference', 'align_by_reward',
-           'study_arms', 'Study', 'run_study', 'study_table', 'Target', 'study_targets', 'target_table', 'stage_figure',
-           'control_figure', 'paired_change']
+           'study_arms', 'read_arms', 'write_arms', 'Study', 'run_study', 'study_table', 'Target', 'study_targets',
+           'target_table', 'stage_figure', 'control_figure', 'paired_change']
 
 # %% ../../nbs/79_constitutional.experiment.ipynb #8f33de9d
 import json
@@ -364,9 +364,26 @@ def study_arms(
 
 # %% ../../nbs/79_constitutional.experiment.ipynb #46f4f377
 class _StudyFile(TypedDict):
-    "The fields of study.json."
+    "The fields of such a file."
     config: dict[str, Any]
     seeds: dict[str, dict[str, dict[str, Any]]]
+
+
+def read_arms(
+    path: str | Path, # a .json file
+) -> tuple[dict[str, Any], dict[int, dict[str, dict[str, Any]]]]: # the sizes; seed → arm → facts
+    "What an experiment measured. Raises `InputError` if the file is missing or damaged."
+    data = cast(_StudyFile, read_mapping(path))
+    return data["config"], {int(seed): arms for seed, arms in data["seeds"].items()}
+
+
+def write_arms(
+    path: str | Path, # a .json file
+    config: Mapping[str, Any], # the sizes
+    seeds: Mapping[int, Mapping[str, Mapping[str, Any]]], # seed → arm → facts
+) -> None:
+    "Write it so that `read_arms` gives the same back."
+    atomic_write(Path(path), json.dumps({"config": config, "seeds": seeds}, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,17 +398,14 @@ class Study:
         path: str | Path | None = None, # None: the one that comes with mmie
     ) -> "Study":
         "From a file. Raises `InputError` if it's missing or damaged."
-        source = Path(str(resources.files("mmie.constitutional"))) / "study.json" if path is None else Path(path)
-        data = cast(_StudyFile, read_mapping(source))
-        return cls(data["config"], {int(seed): arms for seed, arms in data["seeds"].items()})
+        return cls(*read_arms(Path(str(resources.files("mmie.constitutional"))) / "study.json" if path is None else path))
 
     def write(
         self,
         path: str | Path, # a .json file
     ) -> None:
         "To a file."
-        data = {"config": self.config, "seeds": self.seeds}
-        atomic_write(Path(path), json.dumps(data, ensure_ascii=False) + "\n")
+        write_arms(path, self.config, self.seeds)
 
     def marks(
         self,

@@ -12,7 +12,6 @@ __all__ = ['GUARDED', 'Arm', 'BITS', 'SPARSITIES', 'WAYS', 'HEALING', 'What', 'w
 
 # %% ../../nbs/89_quantization.tradeoffs.ipynb #3a0ff092
 import copy
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +27,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 # %% ../../nbs/89_quantization.tradeoffs.ipynb #f5eb532d
-from ..constitutional.experiment import HARMLESS, Marks, StudyConfig, run_study
+from ..constitutional.experiment import HARMLESS, Marks, StudyConfig, read_arms, run_study, write_arms
 from ..constitutional.managers import ModelManager
 from ..constitutional.preferences import sample_answers
 from ..constitutional.world import Assessment, Split, World, WorldPrompt, assess_assistant, load_assistant, refusal, requests_of_each_kind
-from ..core import InputError, Settings, atomic_write, did_you_mean, inference, read_mapping
+from ..core import InputError, Settings, did_you_mean, inference
 from ..measure import tensor_bytes, text_table
 from ..models.decoder import IGNORE, DecoderLM
 from ..models.encoder_decoder import Encoder
@@ -433,12 +432,6 @@ def measure_compressed(
 What: TypeAlias = Literal["harm", "right", "declined", "drawn"] # see `Tradeoffs.flags`
 
 
-class _TradeoffsFile(TypedDict):
-    "The fields of tradeoffs.json."
-    config: dict[str, Any]
-    seeds: dict[str, dict[str, dict[str, Any]]]
-
-
 def _flags_of(
     arms: Mapping[str, Mapping[str, Any]], # of one seed
     arm: str, # an assistant
@@ -464,16 +457,14 @@ class Tradeoffs:
         path: str | Path | None = None, # None: the one that comes with mmie
     ) -> "Tradeoffs":
         "From a file. Raises `InputError` if it's missing or damaged."
-        source = Path(str(resources.files("mmie.quantization"))) / "tradeoffs.json" if path is None else Path(path)
-        data = cast(_TradeoffsFile, read_mapping(source))
-        return cls(data["config"], {int(seed): arms for seed, arms in data["seeds"].items()})
+        return cls(*read_arms(Path(str(resources.files("mmie.quantization"))) / "tradeoffs.json" if path is None else path))
 
     def write(
         self,
         path: str | Path, # a .json file
     ) -> None:
         "To a file."
-        atomic_write(Path(path), json.dumps({"config": self.config, "seeds": self.seeds}, ensure_ascii=False) + "\n")
+        write_arms(path, self.config, self.seeds)
 
     def fact(
         self,
