@@ -1,4 +1,6 @@
 """What several tests need."""
+import multiprocessing
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,10 +21,40 @@ def root() -> Path:
     return ROOT
 
 
+def _command(words: list[str], cwd: Path, environment: dict[str, str], streams: list[str]) -> None:
+    "What the `mmie` script does, in a process that was forked for it."
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, name in enumerate(streams):
+        os.dup2(os.open(name, os.O_RDWR), number)
+    sys.stdin = open(0, encoding="utf-8") # noqa: SIM115 -- multiprocessing had closed it
+    sys.argv = ["mmie", *words]
+    from mmie.cli import app
+    app()
+
+
 @pytest.fixture(scope="session")
-def mmie() -> Callable[..., subprocess.CompletedProcess[str]]:
-    "Run the command line in a process of its own, as a user does."
+def mmie(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    "Run the command line in a process of its own, as a user does; the processes are forks of one that has imported torch already."
+    if os.name == "nt":
+        pytest.skip("needs fork")
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["mmie.lifecycle", "mmie.cli"])
+    folder = tmp_path_factory.mktemp("streams")
+
     def call(*words: object, cwd: Path | None = None, timeout: float = 300, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-        command = [str(Path(sys.executable).parent / "mmie"), *map(str, words)]
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8", timeout=timeout, input=stdin, check=False)
+        files = [folder / name for name in ("in", "out", "err")]
+        for file, text in zip(files, (stdin or "", "", ""), strict=True):
+            file.write_text(text, encoding="utf-8")
+        command = list(map(str, words))
+        process = server.Process(target=_command, args=(command, cwd or Path.cwd(), dict(os.environ), list(map(str, files))))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            raise subprocess.TimeoutExpired(["mmie", *command], timeout)
+        out, err = (file.read_text(encoding="utf-8") for file in files[1:])
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess(["mmie", *command], process.exitcode, out, err)
     return call
