@@ -414,14 +414,15 @@ def _spell_out(
 def _adopt(
     merges: Sequence[tuple[int, int]] | None, # pairs of ids in order of rank; None: tiktoken's rule
     vocabulary: Mapping[bytes, int], # bytes → id
+    partial: bool = False, # may single bytes have no token
 ) -> tuple[dict[int, bytes], _Ranks]: # what each id stands for, and how to merge
     "Any numbering. Raises `InputError` for a vocabulary that can't encode every text, or merges it doesn't have."
     tokens = {i: token for token, i in vocabulary.items()}
     if len(tokens) < len(vocabulary) or not all(type(i) is int and 0 <= i < 1 << 31 for i in tokens) or b"" in vocabulary:
         raise InputError("a vocabulary needs tokens that aren't empty, and different whole numbers from 0 as their ids")
-    if lost := [value for value in range(256) if bytes([value]) not in vocabulary]:
+    if (lost := [value for value in range(256) if bytes([value]) not in vocabulary]) and not partial:
         raise InputError(f"the vocabulary has no token for byte 0x{lost[0]:02x}", fix="all 256 bytes are needed to encode any text")
-    byte_ids = [vocabulary[bytes([value])] for value in range(256)]
+    byte_ids = [vocabulary.get(bytes([value]), max(tokens) + 1) for value in range(256)] # a text with a lost byte doesn't get here
     if merges is None:
         order = [i for i in sorted(tokens) if len(tokens[i]) > 1]
         rank = {i: number for number, i in enumerate(order)}
@@ -600,7 +601,18 @@ class _Exchange:
         "The same tokenizer for transformers. Raises `InputError` if that isn't installed, or can't hold it."
         return importlib.import_module(_INTERCHANGE).to_hf(self)
 
-# %% ../../nbs/15_tokenization.bpe.ipynb #4fb6f2cc
+# %% ../../nbs/15_tokenization.bpe.ipynb #18bdfcdf
+def _sayable(
+    text: str, # to be encoded
+    lost: bytes, # those that have no token
+) -> str: # the same
+    "A text without lost bytes. Raises `InputError` for one that has them."
+    if lost and len((data := text.encode()).translate(None, lost)) < len(data):
+        first = next(letter for letter in text if set(letter.encode()) & set(lost))
+        raise InputError(f"the vocabulary has no token for {first!r}", fix="take that character out of the text")
+    return text
+
+# %% ../../nbs/15_tokenization.bpe.ipynb #9303de38
 def _pairs_of(
     merges: Iterable[Iterable[int]], # pairs of ids, also from numpy
 ) -> list[tuple[int, int]]: # of plain numbers
@@ -633,14 +645,16 @@ class BPETokenizer(_Exchange, BaseTokenizer):
         special_tokens: Sequence[str] | Mapping[str, int] = (), # names, whose ids come last, or name → id
         *,
         vocabulary: Mapping[bytes, int] | None = None, # bytes → id, for ids of others; None: our own
+        partial: bool = False, # may single bytes have no token in that vocabulary; texts with them are refused
     ) -> None:
         if merges is None and vocabulary is None:
             raise InputError("a tokenizer needs merges or a vocabulary", fix="use BPETokenizer.train to learn merges from texts")
         pairs = None if merges is None else _pairs_of(merges)
-        tokens, ranks = _spell_out(pairs or ()) if vocabulary is None else _adopt(pairs, vocabulary)
+        tokens, ranks = _spell_out(pairs or ()) if vocabulary is None else _adopt(pairs, vocabulary, partial)
         super().__init__(tokens, special_tokens)
         self.merges, self.pattern = tuple(pairs or ranks.made), pattern
         self._pairs, self._vocabulary = pairs, vocabulary
+        self.lost = b"" if vocabulary is None else bytes(value for value in range(256) if bytes([value]) not in vocabulary)
         self._encoder = _Encoder(pattern, {token: i for i, token in tokens.items()}, ranks)
 
     @classmethod
@@ -666,7 +680,7 @@ class BPETokenizer(_Exchange, BaseTokenizer):
         return self._encoder.cache
 
     def _encode_plain(self, text: str) -> list[int]:
-        return self._encoder.encode(text)
+        return self._encoder.encode(_sayable(text, self.lost))
 
     def _pieces(self, texts: Iterable[str]) -> Iterator[tuple[int, np.ndarray]]:
         return self._encoder.arrays(texts)
@@ -677,8 +691,8 @@ class BPETokenizer(_Exchange, BaseTokenizer):
         workers: int | None = None, # processes; None: this one
     ) -> list[np.ndarray]: # one int32 array per text
         "Encode many texts without special tokens, faster than to lists. Raises `InputError` for lone surrogates."
-        quick = has_rule(self.pattern) # then lone surrogates are noticed in the cutting
-        checked = [text if quick and isinstance(text, str) else checked_text(text) for text in _several(texts)]
+        quick = has_rule(self.pattern) and not self.lost # then lone surrogates are noticed in the cutting
+        checked = [text if quick and isinstance(text, str) else _sayable(checked_text(text), self.lost) for text in _several(texts)]
         rows: list[list[np.ndarray]] = [[] for _ in checked]
         try:
             for number, ids in self._pieces(checked) if not workers or workers < 2 else _in_processes(self, checked, self.pattern, workers):
@@ -711,7 +725,8 @@ class BPETokenizer(_Exchange, BaseTokenizer):
 
     def _settings(self) -> dict[str, object]:
         first = 256 + len(self.merges)
-        return {"pattern": self.pattern, **_as_json(self._pairs, self._vocabulary, self.special_tokens, first)}
+        settings = {"pattern": self.pattern, **_as_json(self._pairs, self._vocabulary, self.special_tokens, first)}
+        return {**settings, "partial": True} if self.lost else settings
 
     @classmethod
     def _from_settings(cls, settings: Mapping[str, Any]) -> "Self":
