@@ -275,7 +275,7 @@ def test_a_token_out_of_reach(pages: list[str]) -> None:
     ({"model": {"dropout": 0.1}}, "dropout"),
     ({"model": {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix"),
     ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFD"}, {"type": "Lowercase"}]}}, r"NFD \+ Lowercase"),
-    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}]}}, "several steps"),
+    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": False}, {"type": "ByteLevel"}]}}, "several steps"),
     ({"model": {"vocab": {"a": 0, "b": 1}, "merges": []}}, "254 bytes have no token"),
     ({"model": {"merges": [["zz", "q"]]}}, "damaged"),
     ({"model": {"merges": None}}, "damaged"),
@@ -294,6 +294,34 @@ def test_what_cannot_be_read_is_named(parts: dict[str, object], message: str, pa
     (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(InputError, match=message):
         from_hf(tmp_path)
+
+
+def test_digits_first_then_gpt2(pages: list[str], tmp_path: Path) -> None:
+    machine = train_bpe(pages, pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False))
+    texts = [*LESS, "a  1   b", "\n\n 12\t3 \u0663\u00bd x's5's", "1 2  3", "  ", " 7"]
+    mine = from_hf(machine)
+    same(mine.encode_batch(texts), ids_of(machine, texts), texts)
+    same(ids_of(to_hf(mine), texts), ids_of(machine, texts), texts)
+
+
+def test_control_characters_without_a_token(pages: list[str], tmp_path: Path) -> None:
+    machine = train_bpe(pages, pre_tokenizers.ByteLevel(add_prefix_space=False))
+    assert {chr(256 + 4), chr(256 + 22)} <= set(pre_tokenizers.ByteLevel.alphabet()) # how bytes 4 and 22 are spelled
+    vocab = {word: i for word, i in model_of(machine)["vocab"].items() if word not in (chr(256 + 4), chr(256 + 22))}
+    machine = changed(machine, model=model_of(machine) | {"vocab": vocab})
+    mine = from_hf(machine)
+    texts = [text for text in LESS if not set(text) & {"\x04", "\x16"}]
+    assert mine.lost == b"\x04\x16"
+    same(mine.encode_batch(texts), ids_of(machine, texts), texts)
+    assert machine.decode(machine.encode("a\x04b").ids) == "ab" # theirs loses it
+    for refuse in (lambda: mine.encode("a\x04b"), lambda: mine.encode_batch(["x", "a\x16b"]), lambda: mine.encode_arrays(["a\x04"], workers=2)):
+        with pytest.raises(InputError, match="has no token for"):
+            refuse()
+    with pytest.raises(InputError, match="byte 0x04"):
+        to_tiktoken(mine)
+    mine.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again == mine and again.lost == mine.lost and from_hf(to_hf(mine)).lost == mine.lost
 
 
 def test_a_pattern_that_means_something_else_there(pages: list[str]) -> None:

@@ -59,7 +59,8 @@ def _confirm(
     "Compare the ids of a probe. Raises `InputError` if they differ."
     tokens = list(_ordinary(tokenizer))
     some = [token.decode("utf-8", "ignore") for token in tokens[::len(tokens) // 4096 + 1]]
-    probe = _AWKWARD + "".join(some) + "\n" + " ".join(reversed(some))
+    awkward = "".join(letter for letter in _AWKWARD if not set(letter.encode()) & set(getattr(tokenizer, "lost", b"")))
+    probe = awkward + "".join(some) + "\n" + " ".join(reversed(some))
     if encode(probe) != tokenizer.encode(probe):
         raise InputError(f"{name} would give other ids for some texts", fix="its engine reads the pattern, or the merges, in another way")
 
@@ -83,6 +84,8 @@ def to_tiktoken(
     except ImportError as error:
         raise InputError("tiktoken is not installed", fix="pip install tiktoken") from error
     ranks, table = _ordinary(tokenizer), tokenizer._table
+    if tokenizer.lost:
+        raise InputError(f"byte 0x{tokenizer.lost[0]:02x} has no token, and tiktoken needs them all", fix="use to_hf")
     made = [ranks[table[first] + table[second]] for first, second in tokenizer.merges]
     if made != sorted(made):
         raise InputError("the ids are not in the order of the merges, as tiktoken needs them", fix="use to_hf, which lists the merges")
@@ -210,7 +213,8 @@ def _assemble(
     learned = _recover(tokens) if ids == list(range(len(ids))) else None
     if learned is not None and (merges is None or list(merges) == learned):
         return BPETokenizer(learned, pattern, sorted(special, key=special.__getitem__))
-    return BPETokenizer(merges, pattern, special, vocabulary=vocabulary)
+    lost = any(bytes([value]) not in vocabulary for value in range(256))
+    return BPETokenizer(merges, pattern, special, vocabulary=vocabulary, partial=lost and merges is not None)
 
 # %% ../../nbs/16_tokenization.interchange.ipynb #285df555
 def from_tiktoken(
@@ -355,6 +359,9 @@ def _pattern_in(
     return pattern.removesuffix(_REST) if pattern.endswith(_REST) else rf"{pattern}|(?:(?!{pattern})[\s\S])+"
 
 # %% ../../nbs/16_tokenization.interchange.ipynb #8c01ee66
+_DIGITS_FIRST = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+
+# %% ../../nbs/16_tokenization.interchange.ipynb #34a3c3cd
 def _cutting(
     steps: Sequence[_Part], # pre-tokenizers, in order
     skip: bool, # whether a space that is added before the text may be left out
@@ -362,6 +369,8 @@ def _cutting(
     "How text is cut before bytes are merged. Raises `InputError` if not by one pattern."
     *splits, last = steps
     regular = last.get("use_regex", True)
+    if regular and splits == [{"type": "Digits", "individual_digits": True}] and not last.get("add_prefix_space"):
+        return _DIGITS_FIRST
     if last["type"] != "ByteLevel" or any(step["type"] != "Split" for step in splits) or len(splits) + regular > 1:
         what = f"its pre-tokenizer ({' + '.join(map(_type, steps))}) cuts in several steps"
         raise InputError(what, fix="only one Split and ByteLevel can be read")
@@ -381,7 +390,8 @@ def _out_of_reach(
     made: dict[tuple[int, int], tuple[int, int]] = {}
     for priority, (first, second) in enumerate(merges):
         made.setdefault((first, second), (priority, vocabulary[table[first] + table[second]]))
-    lost = [token for token, i in vocabulary.items() if _merge_all([vocabulary[token[k:k + 1]] for k in range(len(token))], made) != [i]]
+    single = {token: i for token, i in vocabulary.items() if len(token) == 1}
+    lost = [token for token, i in vocabulary.items() if _merge_all([single.get(bytes([value]), -1) for value in token], made) != [i]]
     whole = regex.compile(covering(pattern)).fullmatch
     return [text for token in lost if "\ufffd" not in (text := token.decode("utf-8", "replace")) and whole(text)]
 
@@ -390,13 +400,14 @@ def _byte_vocabulary(
     vocab: Mapping[str, int], # spelled in letters for bytes
     special: Mapping[str, int], # names that may be among them
 ) -> dict[bytes, int]: # ordinary tokens
-    "Letters back to bytes. Raises `InputError` if they aren't such letters, or a byte has no token."
+    "Letters back to bytes. Raises `InputError` if they aren't such letters, or an ordinary byte has no token."
     values = {letter: value for value, letter in enumerate(_byte_letters())}
     words = {word: i for word, i in vocab.items() if word not in special}
     if foreign := [word for word in words if not values.keys() >= set(word)]:
         raise InputError(f"its token {foreign[0]!r} is not spelled in bytes", fix="only byte-level BPE can be read")
     vocabulary = {bytes(values[letter] for letter in word): i for word, i in words.items()}
-    if missing := [value for value in range(256) if bytes([value]) not in vocabulary]:
+    missing = [value for value in range(256) if bytes([value]) not in vocabulary]
+    if any(value in b"\t\n" or 32 <= value < 127 for value in missing):
         what = f"{len(missing)} bytes have no token, the first is {missing[0]}, and texts with them would lose something"
         raise InputError(what, fix="train it with initial_alphabet=pre_tokenizers.ByteLevel.alphabet()")
     return vocabulary
