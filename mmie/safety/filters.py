@@ -143,7 +143,8 @@ def _sentence_end(
 _REFUSING = re.compile(
     r"(\b(?:(?:i|we)(?:['’]m| am|['’]re| are)?(?: really| simply| just)? (?:can['’]?t|cannot|can not|won['’]?t|will not|don['’]?t"
     r"|do not|refuse to|decline to|(?:not able|unable|not going|not willing) to) (?:help|assist|explain|describe|discuss|tell|give|show"
-    r"|share|teach|provide|support|encourage|advise|write|create|make|build|produce|plan)|you (?:asked|wanted to know|are asking)|you['’]re asking)\b)"
+    r"|share|teach|provide|support|encourage|advise|write|create|make|build|produce|plan)"
+    r"|you (?:asked|wanted to know|are asking)|you['’]re asking)\b)"
     r"(?:(?! (?:but|however|instead|because|so|and|though|then)\b)[^.!?…;:,\n])*", re.IGNORECASE)
 
 
