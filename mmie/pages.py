@@ -4,22 +4,26 @@
 
 # %% auto #0
 __all__ = ['PAGE_ACCENT', 'PAGE_WARM', 'DASHED', 'visible', 'element', 'svg_text', 'svg_line', 'svg_drawing', 'round_ticks',
-           'spread_labels', 'ChartFrame', 'script_hash', 'large_number', 'in_two_widths', 'page_templates',
-           'Conclusion']
+           'spread_labels', 'ChartFrame', 'script_hash', 'large_number', 'in_two_widths', 'page_templates', 'live_face',
+           'LivePanel', 'live_bundle', 'widget_library', 'live_control', 'live_form', 'Conclusion']
 
 # %% ../nbs/05_pages.ipynb #42effe4e
 import base64
+import functools
 import hashlib
+import importlib
 import itertools
 import math
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from markupsafe import Markup, escape
 
+from .core import InputError
 from .measure import format_bytes, format_seconds
 from .stages import Part
 
@@ -168,6 +172,85 @@ def page_templates() -> "Environment": # knows every template of the package by 
     env.filters["short"] = lambda n: large_number(n, " M", " B")
     env.globals["css"] = Markup(source("page.css"))
     return env
+
+# %% ../nbs/05_pages.ipynb #2729ac00
+def live_face(
+    body: str, # trusted HTML
+    invitation: str = "", # what the live one answers to: "type another text."
+) -> str: # self-contained
+    "A picture in the frame of all live things, and below it what to do with it in JupyterLab."
+    style = Markup("<style>" + resources.files("mmie").joinpath("live.css").read_text(encoding="utf-8") + "</style>")
+    note = element("p", f"Live in JupyterLab: {invitation}", class_="invitation") if invitation else ""
+    return str(element("div", style, Markup(body), note, class_="mmie-live"))
+
+
+class LivePanel(Protocol):
+    "A widget, as far as it matters here."
+    def _repr_mimebundle_(self) -> dict[str, object] | None:
+        "How the browser finds it."
+
+
+def live_bundle(
+    panel: LivePanel | None, # the widget, if there is one
+    words: str, # the thing in a line of text
+    face: str, # its static face
+) -> dict[str, object]: # what `_repr_mimebundle_` should return
+    "All forms of a live thing: JupyterLab takes the widget, a site the static face, a terminal the words."
+    return {**((panel and panel._repr_mimebundle_()) or {}), "text/plain": words, "text/html": face}
+
+# %% ../nbs/05_pages.ipynb #7c8a6caf
+def widget_library() -> ModuleType:
+    "The ipywidgets package. Raises `InputError` if it's not there."
+    try:
+        return importlib.import_module("ipywidgets")
+    except ImportError as error:
+        raise InputError("the live form needs ipywidgets", fix="pip install 'mmie[lab]', or look at the static face") from error
+
+
+def live_control(
+    kind: str, # the class in ipywidgets: "IntSlider"
+    name: str, # the label
+    hint: str, # a sentence about it
+    **options: object, # for the class
+) -> Any: # the control
+    "A labeled control in the book's style."
+    w = widget_library()
+    layout = w.Layout(width="auto", max_width="46em")
+    return getattr(w, kind)(**{"description": name, "tooltip": hint, "style": {"description_width": "8em"}, "layout": layout, **options})
+
+# %% ../nbs/05_pages.ipynb #5078dbb9
+def live_form(
+    listeners: list[Callable[[], None]], # of the thing: called after each change
+    controls: Mapping[str, Any], # what can be turned, by name, from `live_control`
+    stand: Callable[[], Mapping[str, object]], # where each control should stand
+    turn: Callable[[str, Any], None], # told what a reader turned and to what; may raise `InputError`
+    view: Callable[[], str], # the picture, as HTML
+    invitation: str, # what to try, in a sentence
+    rows: Sequence[object] = (), # how to arrange the controls; default: one below the other
+) -> LivePanel: # the widget
+    "A form: what to try, controls, a picture. Turning a control changes the thing; changing the thing moves the controls."
+    w, setting = widget_library(), False
+    picture, first = w.HTML(), invitation[:1].upper() + invitation[1:]
+
+    def show() -> None:
+        nonlocal setting
+        setting = True
+        for name, value in stand().items(): controls[name].value = value
+        setting = False
+        picture.value = view()
+
+    def turned(name: str, change: Mapping[str, object]) -> None:
+        if setting: return
+        try:
+            turn(name, change["new"])
+        except InputError as error:
+            picture.value = live_face(element("p", visible(str(error)), role="alert"))
+
+    for name, control in controls.items(): control.observe(functools.partial(turned, name), "value")
+    listeners.append(show)
+    show()
+    panel: LivePanel = w.VBox([w.HTML(f"<p>{escape(first)}</p>"), *(rows or controls.values()), picture])
+    return panel
 
 # %% ../nbs/05_pages.ipynb #fce3597d
 class Conclusion(Part):
