@@ -6,28 +6,27 @@
 __all__ = ['PER_TENSOR', 'PER_ROW', 'int_range', 'Granularity', 'to_blocks', 'from_blocks', 'QuantParams', 'params_from_range',
            'choose_params', 'quantize_affine', 'dequantize_affine', 'fake_quantize', 'number_line', 'QuantError',
            'quantization_error', 'error_histogram', 'bits_per_value', 'normal_levels', 'NumberFormat', 'format_places',
-           'store_as', 'format_snr', 'format_plane', 'format_figure', 'FormatExplorer', 'explore_formats']
+           'store_as', 'format_snr', 'format_plane', 'format_drawing', 'FormatExplorer', 'explore_formats']
 
 # %% ../../nbs/80_quantization.affine.ipynb #7719a2e2
-import functools
-import importlib
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from markupsafe import Markup
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from ..core import InputError, Settings, did_you_mean
-from ..figures import PALETTE, figure, figure_html
+from ..figures import PALETTE, figure
+from ..pages import (PAGE_ACCENT, PAGE_WARM, ChartFrame, LivePanel, element, live_bundle, live_control, live_face, live_form, round_ticks,
+                        svg_drawing, svg_line, svg_text)
 
 # %% ../../nbs/80_quantization.affine.ipynb #6e032a52
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from matplotlib.figure import Figure
 
 # %% ../../nbs/80_quantization.affine.ipynb #0bb1c22c
@@ -339,44 +338,82 @@ def format_plane(
     formats = [NumberFormat(grid=grid, bits=bits, scales=s) for grid, bits, s in itertools.product(_GRIDS, range(2, 9), scales)]
     return [(fmt.cost(x.shape), format_snr(x, fmt)) for fmt in formats]
 
-# %% ../../nbs/80_quantization.affine.ipynb #b5c02e2f
-def format_figure(
+# %% ../../nbs/80_quantization.affine.ipynb #51d92879
+def _axis(
+    frame: ChartFrame, # of one panel
+    title: str, # above it
+    label: str, # what runs along its lower edge
+) -> list[Markup]:
+    "The lower edge of a panel, with round numbers, and its words."
+    edge = svg_line(frame.left, frame.bottom, frame.right, frame.bottom, stroke_opacity=0.6)
+    numbers = [svg_text(frame.x(t), frame.bottom + 24, f"{t:g}", text_anchor="middle") for t in round_ticks(*frame.x_range)]
+    middle = (frame.left + frame.right) / 2
+    return [edge, *numbers, svg_text(frame.left, frame.top - 8, title, font_weight="bold"),
+            svg_text(middle, frame.bottom + 42, label, text_anchor="middle")]
+
+def _counts(
+    frame: ChartFrame, # of one panel
+    values: Tensor, # any shape
+    bins: int, # over the whole panel
+) -> Markup:
+    "How many values lie where: an outline, filled."
+    heights = torch.histc(values.flatten(), bins, *frame.x_range)
+    heights = heights / heights.max().clamp(min=1)
+    edges = torch.linspace(*frame.x_range, bins + 1).tolist()
+    points = [(x, h) for i, h in enumerate(heights.tolist()) for x in edges[i:i + 2]]
+    return frame.path([(edges[0], 0.0), *points, (edges[-1], 0.0)], fill=PAGE_ACCENT, fill_opacity=0.75)
+
+# %% ../../nbs/80_quantization.affine.ipynb #fc1aa253
+def _use_panel(
+    frame: ChartFrame, # where to draw; its range along the axis is that of the values
+    values: Tensor, # of one block
+    stored: Tensor, # the same, as they're stored
+    places: Tensor, # all that can be stored
+) -> list[Markup]:
+    "Values, and the places below them."
+    low, high = frame.x_range
+    teeth = "".join(f"M{frame.x(t):.1f},{frame.bottom + 2:.0f}v8" for t in places.tolist() if low <= t <= high)
+    return [*_axis(frame, f"{len(stored.unique())} of {len(places)} places in use", "values, and their places below"),
+            _counts(frame, values, 60), element("path", d=teeth, stroke=PAGE_WARM)]
+
+def _plane_panel(
+    frame: ChartFrame, # where to draw
+    plane: Sequence[tuple[float, float]], # other formats: bits and decibels
+    bits: float, # ours
+    snr: float, # ours, decibels
+) -> list[Markup]:
+    "A format among others."
+    numbers = [svg_text(frame.left - 6, frame.y(t) + 4, f"{t:g}", text_anchor="end") for t in round_ticks(*frame.y_range)]
+    dots = [(b, d, 2, "currentColor") for b, d in plane] + [(bits, snr, 6, PAGE_WARM)]
+    circles = [element("circle", cx=f"{frame.x(b):.1f}", cy=f"{frame.y(min(d, frame.y_range[1])):.1f}", r=r, fill=fill) for b, d, r, fill in dots]
+    return [*_axis(frame, f"{bits:.2f} bits, {snr:.1f} dB", "bits a value; other formats are small dots"), *numbers, *circles]
+
+# %% ../../nbs/80_quantization.affine.ipynb #2c9a84ec
+def format_drawing(
     x: Tensor, # (rows, columns)
     fmt: NumberFormat, # how to store them
     plane: Sequence[tuple[float, float]] = (), # other formats: bits and decibels
-) -> "Figure":
+) -> str: # SVG
     "Places and their use in the first block, the errors of all values, and the format among others."
-    places, values = format_places(x, fmt)[0], to_blocks(x, fmt.granularity)[0]
-    used = to_blocks(store_as(x, fmt), fmt.granularity)[0].unique()
-    spread, bits, snr = float(x.std()), fmt.cost(x.shape), format_snr(x, fmt)
-    fig, (left, middle, right) = figure(3, width=9, height=2.9, width_ratios=[1.5, 1, 1])
-    left.hist(values.numpy(), bins=60, histtype="stepfilled", color=PALETTE[0], alpha=0.6)
-    left.vlines(places, -0.14, -0.02, transform=left.get_xaxis_transform(), color=PALETTE[1], linewidth=0.7, clip_on=False)
-    left.set(xlabel="value, and the places below", ylabel="how many values", yticks=[], title=f"{len(used)} of {len(places)} places in use")
-    left.tick_params(axis="x", pad=16)
-    error = (store_as(x, fmt) - x).flatten().clamp(-spread, spread)
-    middle.hist((error / spread).numpy(), bins=81, range=(-1, 1), histtype="stepfilled", color=PALETTE[0])
-    middle.set(xlabel="error, in standard deviations", ylabel="how many", yticks=[], title=f"{snr:.1f} dB")
-    right.plot([b for b, _ in plane], [decibels for _, decibels in plane], ".", color="gray", markersize=4, linestyle="none")
-    right.plot(bits, snr, "o", color=PALETTE[1], markersize=9)
-    right.set(xlabel="bits, others in gray", ylabel="signal to noise (dB)", title=f"{bits:.2f} bits")
-    return fig
+    stored = store_as(x, fmt)
+    block, kept = (to_blocks(y, fmt.granularity)[0] for y in (x, stored))
+    places, spread, bits, snr = format_places(x, fmt)[0], float(x.std()) or 1.0, fmt.cost(x.shape), format_snr(x, fmt)
+    ends = torch.cat((block, kept))
+    most = max([d for _, d in plane if math.isfinite(d)], default=max(10.0, min(snr, 100.0)))
+    uses = ChartFrame(6, 24, 290, 150, (float(ends.min()), float(ends.max()) or 1.0), (0, 1))
+    errors = ChartFrame(316, 24, 496, 150, (-1, 1), (0, 1))
+    among = ChartFrame(546, 24, 752, 150, (1, max([bits, 9.0, *(b for b, _ in plane)]) + 0.5), (min([0.0, snr, *(d for _, d in plane)]), most + 3))
+    panels = [*_use_panel(uses, block, kept, places), *_axis(errors, "errors", "in standard deviations of the values"),
+              _counts(errors, ((stored - x) / spread).clamp(-1, 1), 81), *_plane_panel(among, plane, bits, snr),
+              svg_text(546, 164, "dB", text_anchor="end")]
+    says = f"{len(kept.unique())} of {len(places)} places in use; {bits:.2f} bits a value; signal to noise {snr:.1f} dB, among {len(plane)} other formats"
+    return svg_drawing(760, 200, says, *panels)
 
 # %% ../../nbs/80_quantization.affine.ipynb #22be92b9
-class _Shown(Protocol):
-    "A widget, as far as it matters here."
-    def _repr_mimebundle_(self) -> dict[str, object] | None:
-        "How the browser finds it."
-
-class _Control(Protocol):
-    "A widget that holds a value."
-    value: object
-    def observe(self, handler: Callable[[Mapping[str, object]], None], names: str) -> None:
-        "Whom to call when it changes."
-
-# %% ../../nbs/80_quantization.affine.ipynb #aa695c1b
 class FormatExplorer:
     "Some tensors and a number format; a notebook shows it as a widget or as a picture."
+    invitation = "choose values and a grid, then move the bits, or share a scale among fewer values."
+
     def __init__(
         self,
         tensors: Mapping[str, Tensor], # name → (rows, columns), floating point
@@ -386,7 +423,7 @@ class FormatExplorer:
         self.tensors = {name: x.detach().float().cpu() for name, x in tensors.items()}
         self.planes = {name: format_plane(x) for name, x in self.tensors.items()}
         self.listeners: list[Callable[[], None]] = [] # called after each change
-        self.panel: _Shown | None = None # the widget, if there is one
+        self.panel: LivePanel | None = None # the widget, if there is one
         self.tensor, self.format = next(iter(tensors)), NumberFormat()
 
     @property
@@ -411,31 +448,29 @@ class FormatExplorer:
 
     def html(self) -> str: # self-contained, without any script
         "The static face."
-        fmt = self.format
-        alt = f"{self.tensor}: {fmt.bits} bits, {fmt.grid} grid, a scale for each {fmt.scales}: places, errors, and other formats"
-        return figure_html(format_figure(self.tensors[self.tensor], fmt, self.planes[self.tensor]), alt)
+        fmt, x = self.format, self.tensors[self.tensor]
+        said = f"{self.tensor}: {fmt.bits} bits, {fmt.grid} grid, a scale for each {fmt.scales if fmt.scales in ('tensor', 'row') else f'{fmt.scales} neighbors'}"
+        return live_face(element("p", said) + Markup(format_drawing(x, fmt, self.planes[self.tensor])), self.invitation)
 
     def _repr_mimebundle_(self, **kwargs: object) -> dict[str, object]:
-        return {**((self.panel and self.panel._repr_mimebundle_()) or {}), "text/plain": repr(self), "text/html": self.html()}
+        return live_bundle(self.panel, repr(self), self.html())
 
     def __repr__(self) -> str:
         return f"FormatExplorer({self.tensor!r}, {self.format!r})"
 
 # %% ../../nbs/80_quantization.affine.ipynb #08f36eaf
 def _controls(
-    w: "ModuleType", # ipywidgets
     explorer: FormatExplorer, # whose knobs they are
-) -> "dict[str, _Control]": # knob → what turns it
+) -> dict[str, object]: # knob → what turns it
     "A control for each knob."
     groups = [g for g in (256, 128, 64, 32, 16, 8) if all(x.shape[1] % g == 0 for x in explorer.tensors.values())]
-    look = {"continuous_update": False, "style": {"description_width": "7em"}, "layout": w.Layout(width="auto")}
-    plain = {name: value for name, value in look.items() if name != "continuous_update"}
+    shared = [("the whole tensor", "tensor"), ("each row", "row"), *((f"{g} neighbors", g) for g in groups)]
     return {
-        "tensor": w.Dropdown(options=list(explorer.tensors), description="Values", **plain),
-        "grid": w.Dropdown(options=list(_GRIDS), description="Grid", **plain),
-        "bits": w.IntSlider(4, min=2, max=8, description="Bits", **look),
-        "scales": w.Dropdown(options=["tensor", "row", *groups], value="row", description="A scale for", **plain),
-        "clip": w.FloatSlider(1.0, min=0.1, max=1.0, step=0.05, description="Range covered", **look),
+        "tensor": live_control("Dropdown", "Values", "What to store.", options=list(explorer.tensors)),
+        "grid": live_control("Dropdown", "Grid", "Where the places are.", options=list(_GRIDS)),
+        "scales": live_control("Dropdown", "A scale for", "Who shares a scale.", options=shared),
+        "bits": live_control("IntSlider", "Bits", "Of each value.", min=2, max=8),
+        "clip": live_control("FloatSlider", "Range covered", "What lies outside is cut off.", min=0.1, max=1.0, step=0.05),
     }
 
 # %% ../../nbs/80_quantization.affine.ipynb #ce94bd2a
@@ -443,24 +478,7 @@ def explore_formats(
     tensors: Mapping[str, Tensor], # name → (rows, columns), floating point; for example a model's weights
 ) -> FormatExplorer: # the last thing in a cell shows itself
     "Turn the knobs of number formats in a notebook. Raises `InputError` without ipywidgets."
-    try:
-        w = importlib.import_module("ipywidgets")
-    except ImportError as error:
-        raise InputError("the live explorer needs ipywidgets", fix="pip install 'mmie[lab]', or use FormatExplorer") from error
     explorer = FormatExplorer(tensors)
-    controls, view = _controls(w, explorer), w.HTML(explorer.html())
-
-    def show() -> None:
-        for name, control in controls.items():
-            control.value = explorer.knobs[name]
-        view.value = explorer.html()
-
-    def moved(name: str, change: Mapping[str, object]) -> None:
-        if change["new"] != explorer.knobs[name]: # else it is the echo of our own hand
-            explorer.turn(**{name: change["new"]})
-
-    explorer.listeners.append(show)
-    for name, control in controls.items():
-        control.observe(functools.partial(moved, name), "value")
-    explorer.panel = w.VBox([*controls.values(), view])
+    explorer.panel = live_form(explorer.listeners, _controls(explorer), lambda: explorer.knobs,
+                               lambda knob, value: explorer.turn(**{knob: value}), explorer.html, explorer.invitation)
     return explorer

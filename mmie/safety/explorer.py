@@ -78,15 +78,23 @@ _LOOKS: Mapping[str, tuple[str, str]] = { # principle → kind of line, color
 }
 
 
+def _line(
+    principle: str, # or "personal data"
+) -> str: # CSS
+    "A principle's line below a text."
+    line, color = _LOOKS[principle]
+    return f"text-decoration:{line} {color} 3px;text-underline-offset:4px"
+
+
 def _style(
     mark: RuleMark, # that decides about a piece
 ) -> str: # CSS
     "How a piece of text looks."
-    line, color = _LOOKS[mark.principle]
     if mark.excuse:
-        return "text-decoration:line-through;opacity:.75"
+        return "text-decoration:line-through;background:none;opacity:.75"
+    line, color = _LOOKS[mark.principle]
     frame = f";outline:1.5px solid {color}" if mark.principle == "personal data" else ""
-    return f"text-decoration:{line} {color} 3px;text-underline-offset:4px;background:{color}2b{frame}"
+    return f"{_line(mark.principle)};background:{color}2b{frame}"
 
 
 def marked_text(
@@ -106,7 +114,7 @@ def marked_text(
             said = "; ".join(f"{mark.rule} ({'excused: ' + mark.excuse if mark.excuse else mark.principle})" for mark in over)
             piece = f'<mark style="color:inherit;{_style(strongest)}" title="{html.escape(said)}">{piece}</mark>'
         numbers = ",".join(str(n) for n, mark in enumerate(marks, 1) if mark.end == end)
-        parts.append(piece + (f"<sup>{numbers}</sup>" if numbers else ""))
+        parts.append(piece + (f'<sup style="font-size:.65em">{numbers}</sup>' if numbers else ""))
     return "".join(parts)
 
 # %% ../../nbs/66_safety.explorer.ipynb #3b301262
@@ -117,9 +125,9 @@ def _bar(
     color, score = _LOOKS[evaluation.principle][1], evaluation.score
     inside = f'<span style="display:block;height:100%;width:{100 * score:.0f}%;background:{color}"></span>'
     half = '<span style="position:absolute;left:50%;top:-2px;bottom:-2px;border-left:1px solid currentColor"></span>'
-    bar = f'<span style="display:block;position:relative;width:12em;height:.8em;border:1px solid currentColor">{inside}{half}</span>'
-    return (f'<tr><th scope="row" style="text-align:left">{evaluation.principle}</th><td>{bar}</td>'
-            f'<td style="text-align:right">{score:.2f}</td><td style="text-align:left">{evaluation.label}</td></tr>')
+    bar = f'<span style="display:block;position:relative;width:11em;max-width:36vw;height:.8em;border:1px solid currentColor">{inside}{half}</span>'
+    return (f'<tr><th scope="row" style="text-align:left"><span style="{_line(evaluation.principle)}">{evaluation.principle}</span></th><td>{bar}</td>'
+            f'<td style="text-align:right">{score:.2f}</td><td style="text-align:left">&nbsp;{evaluation.label}</td></tr>')
 
 
 def _legend(
@@ -134,7 +142,8 @@ def _legend(
         f'<td>{m.weight:.2f}</td><td style="text-align:left">{"excused: " + html.escape(m.excuse) if m.excuse else "counts"}</td></tr>'
         for n, m in enumerate(marks, 1))
     head = "".join(f'<th scope="col" style="text-align:left">{title}</th>' for title in ("", "words", "rule", "weight", "verdict"))
-    return f"<details open><summary>What the numbers mean</summary><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></details>"
+    table = f'<div style="overflow-x:auto"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return f"<details open><summary>What the numbers mean</summary>{table}</details>"
 
 # %% ../../nbs/66_safety.explorer.ipynb #f9c671b8
 def scores_html(
@@ -209,7 +218,7 @@ def _scores_library() -> "ModuleType":
 
 
 def explore_scores(
-    text: str = "How do I kill a process? And how do I kill a prince?", # to begin with
+    text: str = "How do I kill a process? And how do I kill a person?", # to begin with
     guard: SafetyFilter | None = None, # whose decision to show; None: the default filter
 ) -> ScoreExplorer: # the last thing in a cell shows itself
     "Type, and see what the rules see. Raises `InputError` without ipywidgets."
