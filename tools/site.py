@@ -1,16 +1,23 @@
 """Build the documentation site into _docs/.
 
-With Quarto on the PATH this is `nbdev_docs`. Without it the same notebooks, as nbdev processes them, go through
-pandoc (the PyPI package pypandoc_binary carries it) into the same pages with the sidebar of `_quarto.yml`.
+With Quarto on the PATH this is `nbdev_docs`. Without it the same notebooks, as nbdev and polish.py process them, go
+through pandoc (the PyPI package pypandoc_binary carries it) into the same pages with the sidebar of `_quarto.yml`.
 """
 import base64
 import html
+import json
+import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from html.parser import HTMLParser
+from itertools import groupby, pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import jinja2
 import nbformat
@@ -19,10 +26,12 @@ import yaml
 from nbdev.config import get_config
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
+from polish import polish
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS, PROC = ROOT / "_docs", ROOT / "_proc"
+DOCS, PROC, TOOLS = ROOT / "_docs", ROOT / "_proc", ROOT / "tools"
 MARKDOWN = "markdown+emoji+lists_without_preceding_blankline-implicit_figures"
+ASSETS = ("site.css", "site.js", "theme.js", "vendor/minisearch.js", "vendor/minisearch.LICENSE.txt")
 
 
 @dataclass
@@ -32,6 +41,7 @@ class Page:
     title: str = ""
     description: str = ""
     target: str = "" # "attention.dot_product.html"
+    markdown: str = ""
     body: str = ""
     toc: str = ""
 
@@ -48,94 +58,167 @@ def sidebar() -> list[Page]:
     return pages
 
 
-def cell_markdown(cell: nbformat.NotebookNode, stem: str, number: int) -> str:
-    "One processed cell as pandoc's Markdown; images become files beside the page."
-    if cell.cell_type == "markdown":
-        return cell.source
-    if cell.cell_type == "raw":
-        return ""
+def image(data: dict[str, str], file: Path, options: dict[str, str]) -> str:
+    "A picture among the outputs becomes a file; its size is written down, so that nothing jumps when it arrives."
+    about = {"fig-alt": options.get("fig-alt", ""), "fig-cap": options.get("fig-cap", "")}
+    if "image/png" in data:
+        raw, file = base64.b64decode(data["image/png"]), file.with_suffix(".png")
+        about["width"], about["height"] = struct.unpack(">II", raw[16:24])
+    else:
+        raw, file = "".join(data["image/svg+xml"]).encode("utf-8"), file.with_suffix(".svg")
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(raw)
+    described = " ".join(f'{key}="{html.escape(str(value))}"' for key, value in about.items() if value)
+    return f"![]({file.parent.name}/{file.name}){{{described}}}"
+
+
+def cell_markdown(cell: nbformat.NotebookNode, file: Path) -> str:
+    "One processed cell as pandoc's Markdown."
+    if cell.cell_type != "code":
+        return cell.source if cell.cell_type == "markdown" else ""
     parts = []
-    directives = re.findall(r"^#\|\s*(\S+):\s*(\S+)", cell.source, re.MULTILINE)
-    source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE).strip("\n")
-    if source.strip() and ("echo", "false") not in directives:
-        parts.append(f"``````python\n{source}\n``````")
+    options = yaml.safe_load("\n".join(re.findall(r"^#\| ?(.*)$", cell.source, re.M))) or {}
+    source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
+    if source.strip() and options.get("echo", True):
+        code = f"``````python\n{source}\n``````"
+        folded = f"<details class=\"code-fold\">\n<summary>{options.get('code-summary', 'Code')}</summary>\n\n{code}\n\n</details>"
+        parts.append(folded if options.get("code-fold") else code)
     for k, output in enumerate(cell.get("outputs", [])):
         data = output.get("data", {})
         if "image/png" in data or "image/svg+xml" in data:
-            kind = "png" if "image/png" in data else "svg"
-            raw = data.get("image/png") or data["image/svg+xml"]
-            file = DOCS / f"{stem}_files" / f"figure-{number}-{k}.{kind}"
-            file.parent.mkdir(exist_ok=True)
-            file.write_bytes(base64.b64decode(raw) if kind == "png" else "".join(raw).encode("utf-8"))
-            parts.append(f"::: {{.cell-output-display}}\n![]({file.relative_to(DOCS).as_posix()})\n:::")
-        elif "text/html" in data:
-            parts.append(f"::: {{.cell-output-display}}\n``````{{=html}}\n{data['text/html']}\n``````\n:::")
+            parts.append(image(data, file.with_name(f"{file.name}-{k}"), options))
         elif "text/markdown" in data:
-            parts.append(data["text/markdown"])
+            parts.append(f"::: {{.cell-output}}\n{data['text/markdown']}\n:::")
         elif text := output.get("text") or data.get("text/plain"):
-            parts.append(f"::: {{.cell-output}}\n``````\n{text.rstrip()}\n``````\n:::")
+            kind = "stderr" if output.get("name") == "stderr" else "stdout"
+            parts.append(f"::: {{.cell-output .{kind}}}\n``````\n{text.rstrip()}\n``````\n:::")
     return "\n\n".join(parts)
 
 
-def convert(page: Page) -> None:
-    "Fill in a page from its processed notebook."
-    notebook = nbformat.read(PROC / page.source, as_version=4)
-    front: dict[str, str] = {}
-    for cell in notebook.cells:
-        if cell.cell_type == "raw" and cell.source.startswith("---"):
-            front |= yaml.safe_load(cell.source.strip().strip("-"))
+def load(page: Page, folder: Path) -> None:
+    "Fill in a page from its processed notebook, or from a file that is Markdown already; pictures go into the folder."
     stem = Path(page.source).stem
-    page.title, page.description = front.get("title", stem), front.get("description", "")
+    if page.source.endswith(".ipynb"):
+        cells = nbformat.read(PROC / page.source, as_version=4).cells
+        matter = next((cell.source for cell in cells if cell.cell_type == "raw" and cell.source.startswith("---")), "")
+    else:
+        cells, text = [], (PROC / page.source).read_text(encoding="utf-8")
+        matter, page.markdown = re.fullmatch(r"(---\n.*?\n---\n)?(.*)", text, re.S).groups(default="")
+    front = yaml.safe_load(matter.strip().strip("-")) or {}
+    page.title, page.description = front.get("title", stem), front.get("description") or ""
     page.target = front.get("output-file", f"{stem}.html")
-    text = "\n\n".join(cell_markdown(c, Path(page.target).stem, n) for n, c in enumerate(notebook.cells))
-    if not front: # the landing page keeps its own heading
-        heading = re.search(r"^# (.+)$", text, re.MULTILINE)
-        page.title = heading.group(1) if heading else stem
-        text = text.replace(heading.group(0), "", 1) if heading else text
-    template = ROOT / "tools" / "pandoc.html"
+    files = folder / f"{Path(page.target).stem}_files"
+    page.markdown += "\n\n".join(cell_markdown(cell, files / f"figure-{n}") for n, cell in enumerate(cells))
+
+
+def convert(page: Page) -> None:
+    "The page's Markdown as HTML, with its table of contents."
     page.toc, _, page.body = pypandoc.convert_text(
-        text, "html5", format=MARKDOWN,
-        extra_args=["--mathml", "--toc", "--toc-depth=3", "--standalone", f"--template={template}", "--syntax-highlighting=kate",
-                    "--wrap=preserve", "--metadata=title:x"],
+        page.markdown, "html5", format=MARKDOWN,
+        extra_args=["--mathml", "--toc", "--toc-depth=3", "--standalone", f"--template={TOOLS / 'pandoc.html'}", "--wrap=preserve",
+                    "--syntax-highlighting=kate", f"--lua-filter={TOOLS / 'site.lua'}", "--metadata=title:x"],
     ).partition("<!--body-->")
 
 
-def relink(body: str, targets: dict[str, str], home: str, ids: dict[str, set[str]]) -> str:
-    "Links to notebooks, and those that nbdev makes to the published site, become links to the pages beside this one."
-    def symbol(match: re.Match[str]) -> str: # private names and methods have no heading of their own
-        return f'href="{match[1]}{match[2] if match[2][1:] in ids.get(match[1], ()) else ""}"'
-    body = re.sub(rf'href="{re.escape(home)}/([^"#]+)(#[^"]*)"', symbol, body)
-    return re.sub(r'href="(?:\./)?([^"#:]+\.ipynb)(#[^"]*)?"', lambda m: f'href="{targets.get(m[1], m[1])}{m[2] or ""}"', body)
+def write_for_machines(pages: list[Page]) -> None:
+    "llms.txt, and each page once more as Markdown (https://llmstxt.org)."
+    config = get_config()
+    lines = [f"# {config.title}\n\n> {config.description}"]
+    for part, group in groupby(pages, key=lambda page: page.part):
+        lines.append(f"\n## {part or 'Start'}\n")
+        for page in group:
+            text = re.sub(r"^:::.*\n?|^<!--.*?-->\n?", "", page.markdown, flags=re.M)
+            text = re.sub(r"^!\[\]\(.*?\)\{(?:fig-alt=\"(.*?)\")?.*\}$", r"*Figure. \1*", text, flags=re.M)
+            (DOCS / f"{page.target}.md").write_text(f"# {page.title}\n\n> {page.description}\n\n{text.strip()}\n", encoding="utf-8")
+            lines.append(f"- [{page.title}]({page.target}.md): {' '.join(page.description.split())}")
+    (DOCS / "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+class Sections(HTMLParser):
+    "What the search knows of a page: its sections with their words, and each symbol for itself."
+
+    def __init__(self, page: Page) -> None:
+        super().__init__()
+        self.found: list[list[str]] = [[page.target, page.title, page.description + " "]] # address, heading, text
+        self.symbols: list[list[str]] = []
+        self._page, self._inside = page, "" # a heading, a symbol's name, or what isn't searched
+        self.feed(page.body)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        if tag in ("h1", "h2", "h3") and found.get("id"):
+            self._inside = tag
+            self.found.append([f"{self._page.target}#{found['id']}", "", ""])
+        elif tag == "span" and "symbol" in (found.get("class") or "").split():
+            self._inside = "a"
+            self.symbols.append([f"{self._page.target}#{found['id']}", "", self._page.title])
+        elif tag in ("script", "style", "annotation", "pre") and not self._inside:
+            self._inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == self._inside:
+            self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "a":
+            self.symbols[-1][1] += data
+        elif self._inside.startswith("h"):
+            self.found[-1][1] += data
+        elif not self._inside:
+            self.found[-1][2] += data
+
+
+def search_index(pages: list[Page]) -> str:
+    "A script, since a page that was opened from disk may load one but may not fetch data."
+    found = [Sections(page) for page in pages]
+    rows = [[*symbol, "symbol"] for page in found for symbol in page.symbols]
+    for page, read in zip(pages, found, strict=True):
+        rows += [[where, heading, " ".join(text.split()), page.title] for where, heading, text in read.found]
+    return f"window.SECTIONS = {json.dumps(rows, ensure_ascii=False)};\n"
+
+
+def relink(body: str, pages: list[Page]) -> str:
+    "Links to notebooks become links to their pages."
+    targets = {page.source: page.target for page in pages}
+    return re.sub(r'href="(?:\./)?([^"#:]+\.(?:ipynb|q?md))(#[^"]*)?"', lambda m: f'href="{targets.get(m[1], m[1])}{m[2] or ""}"', body)
 
 
 def build_without_quarto() -> None:
     config = get_config()
     refresh_quarto_yml()
     proc_nbs(force=True)
+    polish(PROC)
     shutil.rmtree(DOCS, ignore_errors=True)
-    DOCS.mkdir()
+    shutil.copytree(ROOT / "nbs" / "images", DOCS / "images")
     pages = sidebar()
-    for page in pages:
-        convert(page)
-    targets, home = {page.source: page.target for page in pages}, config.doc_host + config.doc_baseurl
-    ids = {page.target: set(re.findall(r'id="([^"]+)"', page.body)) for page in pages}
-    shell = jinja2.Environment(autoescape=True).from_string((ROOT / "tools" / "page.html.j2").read_text(encoding="utf-8"))
-    for before, page, after in zip([None, *pages[:-1]], pages, [*pages[1:], None], strict=True):
-        source = f"{config.git_url}/blob/{config.branch}/nbs/{page.source}"
-        text = shell.render(page=page, pages=pages, before=before, after=after, site=config.title, version=config.version, source=source,
-                            body=relink(page.body, targets, home, ids), toc=page.toc, lead=html.unescape(page.description))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda page: (load(page, DOCS), convert(page)), pages))
+    parts = [(part, list(group)) for part, group in groupby(pages, key=lambda page: page.part)]
+    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(TOOLS), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    for (before, page), (_, after) in zip(pairwise([None, *pages]), pairwise([*pages, None]), strict=True):
+        text = templates.get_template("page.html.j2").render(page=page, parts=parts, before=before, after=after, config=config,
+                                                                 home=config.doc_host + config.doc_baseurl, body=relink(page.body, pages))
         (DOCS / page.target).write_text(text, encoding="utf-8")
-    shutil.copy(ROOT / "nbs" / "styles.css", DOCS / "styles.css")
-    shutil.copy(ROOT / "tools" / "site.css", DOCS / "site.css")
-    if (images := ROOT / "nbs" / "images").exists():
-        shutil.copytree(images, DOCS / "images")
+    for asset in ASSETS:
+        shutil.copy(TOOLS / asset, DOCS)
+    (DOCS / "sections.js").write_text(search_index(pages), encoding="utf-8")
+    write_for_machines(pages)
+
+
+def build_with_quarto() -> None:
+    readme = (ROOT / "README.md").read_bytes()
+    subprocess.run(["nbdev_docs"], cwd=ROOT, check=True)
+    (ROOT / "README.md").write_bytes(readme) # nbdev may have written its own, whose links start in nbs/
+    pages = sidebar()
+    with TemporaryDirectory() as folder: # Quarto has its own pictures
+        for page in pages:
+            load(page, Path(folder))
+    write_for_machines(pages)
 
 
 def main() -> None:
     if shutil.which("quarto"):
-        readme = (ROOT / "README.md").read_bytes()
-        subprocess.run(["nbdev_docs"], cwd=ROOT, check=True)
-        (ROOT / "README.md").write_bytes(readme) # nbdev may have written its own, whose links start in nbs/
+        build_with_quarto()
     else:
         build_without_quarto()
     sys.stdout.write(f"open {(DOCS / 'index.html').relative_to(ROOT)}\n")

@@ -9,14 +9,16 @@ __all__ = ['RuleMark', 'rule_marks', 'marked_text', 'scores_html', 'ScoreExplore
 import functools
 import html
 import importlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import regex
+from markupsafe import Markup
 
 from ..core import InputError
-from ..pages import visible
+from ..pages import element, visible
 from .filters import SafetyFilter
 from .principles import PRINCIPLES, Evaluation, PrincipleName, RuleTable, evaluate_by_rules, find_personal_data, fold, rule_table
 
@@ -48,8 +50,19 @@ def _tables_without(
     table: RuleTable, # complete
 ) -> dict[str, RuleTable]: # name of what is missing → the rest
     "The table without each excuse, and without homonyms."
-    excuses = {name: {k: v for k, v in table.excuses.items() if k != name} for name in table.excuses}
-    return {"a homonym": RuleTable(table.rules, (), table.excuses)} | {n: RuleTable(table.rules, table.homonyms, rest) for n, rest in excuses.items()}
+    tables = {"a homonym": RuleTable(table.rules, (), table.excuses)}
+    for name in table.excuses:
+        tables[name] = RuleTable(table.rules, table.homonyms, {k: v for k, v in table.excuses.items() if k != name})
+    return tables
+
+
+def _counted(
+    text: str, # any
+    principle: PrincipleName, # whose rules
+    table: RuleTable, # complete or not
+) -> set[tuple[int, int, str]]: # start, end, rule
+    "What an evaluation rests on."
+    return {(span.start, span.end, span.rule) for span in evaluate_by_rules(text, principle, table).spans}
 
 # %% ../../nbs/66_safety.explorer.ipynb #79247862
 def rule_marks(
@@ -62,12 +75,12 @@ def rule_marks(
     for principle in PRINCIPLES:
         rules = [rule for rule in table.rules if rule.principle == principle]
         weights = {rule.id: rule.weight for rule in rules}
-        counted = {(s.start, s.end, s.rule) for s in evaluate_by_rules(text, principle, table).spans}
+        counted = _counted(text, principle, table)
         seen = {(where[m.start()], where[m.end() - 1] + 1, rule.id) for rule in rules if not rule.context
                 for m in _searching(rule.pattern).finditer(folded)}
         excused = dict.fromkeys(sorted(seen - counted), "several excuses at once")
         for name, rest in reversed(_tables_without(table).items()) if excused else ():
-            excused |= dict.fromkeys({(s.start, s.end, s.rule) for s in evaluate_by_rules(text, principle, rest).spans} & excused.keys(), name)
+            excused |= dict.fromkeys(_counted(text, principle, rest) & excused.keys(), name)
         marks += [RuleMark(*found, principle, weights[found[2]], excused.get(found, "")) for found in counted | excused.keys()]
     return sorted(marks, key=lambda mark: (mark.start, -mark.end, mark.rule))
 
@@ -92,7 +105,7 @@ def _style(
     "How a piece of text looks."
     if mark.excuse:
         return "text-decoration:line-through;background:none;opacity:.75"
-    line, color = _LOOKS[mark.principle]
+    color = _LOOKS[mark.principle][1]
     frame = f";outline:1.5px solid {color}" if mark.principle == "personal data" else ""
     return f"{_line(mark.principle)};background:{color}2b{frame}"
 
@@ -106,7 +119,7 @@ def marked_text(
         raise InputError("a mark isn't in the text", where="marked_text", fix="use the text that the marks were made for")
     cuts = sorted({0, len(text), *(m.start for m in marks), *(m.end for m in marks)})
     parts = []
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in itertools.pairwise(cuts):
         over = [mark for mark in marks if mark.start <= start and end <= mark.end]
         piece = html.escape(visible(text[start:end]))
         if over:
@@ -118,32 +131,35 @@ def marked_text(
     return "".join(parts)
 
 # %% ../../nbs/66_safety.explorer.ipynb #3b301262
+_LEFT, _EDGE = "text-align:left", "1px solid currentColor"
+
+
 def _bar(
     evaluation: Evaluation, # of a principle
-) -> str: # a row of a table
+) -> Markup: # a row of a table
     "A score as a bar."
-    color, score = _LOOKS[evaluation.principle][1], evaluation.score
-    inside = f'<span style="display:block;height:100%;width:{100 * score:.0f}%;background:{color}"></span>'
-    half = '<span style="position:absolute;left:50%;top:-2px;bottom:-2px;border-left:1px solid currentColor"></span>'
-    bar = f'<span style="display:block;position:relative;width:11em;max-width:36vw;height:.8em;border:1px solid currentColor">{inside}{half}</span>'
-    return (f'<tr><th scope="row" style="text-align:left"><span style="{_line(evaluation.principle)}">{evaluation.principle}</span></th><td>{bar}</td>'
-            f'<td style="text-align:right">{score:.2f}</td><td style="text-align:left">&nbsp;{evaluation.label}</td></tr>')
+    inside = f"display:block;height:100%;width:{100 * evaluation.score:.0f}%;background:{_LOOKS[evaluation.principle][1]}"
+    half = element("span", style=f"position:absolute;left:50%;top:-2px;bottom:-2px;border-left:{_EDGE}")
+    frame = f"display:block;position:relative;width:11em;max-width:36vw;height:.8em;border:{_EDGE}"
+    name = element("span", evaluation.principle, style=_line(evaluation.principle))
+    return element(
+        "tr", element("th", name, scope="row", style=_LEFT), element("td", element("span", element("span", style=inside), half, style=frame)),
+        element("td", f"{evaluation.score:.2f}"), element("td", evaluation.label, style=_LEFT))
 
 
 def _legend(
     text: str, # any
     marks: Sequence[RuleMark], # numbered from 1
-) -> str: # a table, or a sentence where there is nothing
+) -> Markup: # a table, or a sentence where there is nothing
     "What the numbers mean."
     if not marks:
-        return "<p>No rule matches anything.</p>"
-    rows = "".join(
-        f'<tr><td>{n}</td><td style="text-align:left">{html.escape(visible(text[m.start:m.end]))}</td><td style="text-align:left">{html.escape(m.rule)}</td>'
-        f'<td>{m.weight:.2f}</td><td style="text-align:left">{"excused: " + html.escape(m.excuse) if m.excuse else "counts"}</td></tr>'
-        for n, m in enumerate(marks, 1))
-    head = "".join(f'<th scope="col" style="text-align:left">{title}</th>' for title in ("", "words", "rule", "weight", "verdict"))
-    table = f'<div style="overflow-x:auto"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    return f"<details open><summary>What the numbers mean</summary>{table}</details>"
+        return element("p", "No rule matches anything.")
+    cells = [(str(n), visible(text[m.start:m.end]), m.rule, f"{m.weight:.2f}", f"excused: {m.excuse}" if m.excuse else "counts")
+             for n, m in enumerate(marks, 1)]
+    rows = [element("tr", *(element("td", cell, style=_LEFT) for cell in row)) for row in cells]
+    head = element("tr", *(element("th", title, scope="col", style=_LEFT) for title in ("", "words", "rule", "weight", "verdict")))
+    table = element("table", element("thead", head), element("tbody", *rows))
+    return element("details", element("summary", "What the numbers mean"), element("div", table, style="overflow-x:auto"), open="")
 
 # %% ../../nbs/66_safety.explorer.ipynb #f9c671b8
 def scores_html(
@@ -153,12 +169,15 @@ def scores_html(
     "A text with its marks, scores, and what a filter would do. Raises `InputError` for what isn't text."
     marks = rule_marks(text)
     decision = (guard or SafetyFilter()).check(text)
-    bars = "".join(_bar(evaluate_by_rules(text, principle)) for principle in PRINCIPLES)
-    left = f": {html.escape(visible(decision.text))}" if decision.action == "rewrite" else ""
-    why = f" because of {html.escape(decision.reason)}" if decision.reason else ""
-    return (f'<div class="mmie-scores" style="max-width:50em"><table aria-label="Scores by principle"><tbody>{bars}</tbody></table>'
-            f'<p dir="auto" style="line-height:2.1;white-space:pre-wrap;overflow-wrap:anywhere">{marked_text(text, marks)}</p>'
-            f"<p>The filter would <b>{decision.action}</b> it{why}{left}</p>{_legend(text, marks)}</div>")
+    left = f": {decision.text}" if decision.action == "rewrite" else ""
+    why = f" because of {decision.reason}" if decision.reason else ""
+    bars = element("tbody", *(_bar(evaluate_by_rules(text, principle)) for principle in PRINCIPLES))
+    shown = Markup(marked_text(text, marks)) # everything in it is escaped
+    return str(element(
+        "div", element("table", bars, aria_label="Scores by principle", style="line-height:1.9"),
+        element("p", shown, dir="auto", style="line-height:2.1;white-space:pre-wrap;overflow-wrap:anywhere"),
+        element("p", "The filter would ", element("b", decision.action), f" it{visible(why + left)}"), _legend(text, marks),
+        class_="mmie-scores", style="max-width:50em"))
 
 # %% ../../nbs/66_safety.explorer.ipynb #df2376f5
 class _Shown(Protocol):

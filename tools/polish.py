@@ -1,0 +1,125 @@
+"""Make chapters readable as pages: run on the notebooks that nbdev has processed, before they're rendered.
+
+Quarto runs this file as its pre-render step, site.py imports it. The source of the library stays in the text, headed by
+the names it defines with links to the repository and to what's proven of them; imports are folded; links between
+chapters stay within the site; and no output asks a page to load a script from somewhere else.
+"""
+import ast
+import configparser
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDED = '#| code-fold: true\n#| code-summary: "Imports"\n'
+Cell = dict[str, Any]
+
+
+def settings() -> dict[str, str]:
+    "What settings.ini says: the addresses of the repository and of the site."
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return dict(parser["DEFAULT"])
+
+
+def module_file(target: str) -> Path: # of the page "attention.masks.html", mmie/attention/masks.py
+    return ROOT / settings()["lib_path"] / (target.removesuffix(".html").replace(".", "/") + ".py")
+
+
+def page_name(notebook: dict[str, Any]) -> str:
+    "The name of a notebook's page, which nbdev has written into its first cell."
+    return next((found[1] for cell in notebook["cells"] if (found := re.search(r"^output-file: (\S+)", "".join(cell["source"]), re.M))), "")
+
+
+def definitions(code: str) -> dict[str, int]: # each name that a cell or a module defines, and its line
+    try:
+        body = ast.parse(code).body
+    except SyntaxError: # a line for the shell
+        return {}
+    found: dict[str, int] = {}
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found[node.name] = node.lineno
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        found |= {name.id: node.lineno for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return found
+
+
+def only_imports(source: str) -> bool:
+    lines = re.sub(r"\(.*?\)", "", source, flags=re.S).strip().splitlines()
+    return bool(lines) and all(re.match(r"\s*(import|from|#)\s|if TYPE_CHECKING:|\s*$", line) for line in lines)
+
+
+def symbol_bar(names: list[str], target: str, lines: dict[str, int], index: str) -> Cell:
+    "The line above an exported cell: each name is an anchor, with links to its code in the repository and to its proofs in the index."
+    path, bars = module_file(target), []
+    dotted = f"{settings()['lib_name']}.{target.removesuffix('.html')}"
+    for name in names:
+        source = f"{settings()['git_url']}/blob/{settings()['branch']}/{path.relative_to(ROOT).as_posix()}#L{lines[name]}"
+        proofs = f" [proofs]({index}#{dotted}.{name})" if index else ""
+        bars.append(f"[[{name}](#{name.lower()})]{{#{name.lower()} .symbol}} [source]({source}){proofs}")
+    return {"cell_type": "markdown", "id": f"names-{names[0]}", "metadata": {}, "source": "::: {.symbols}\n" + "\n\n".join(bars) + "\n:::"}
+
+
+def quiet(output: Cell) -> Cell:
+    "An output without widget views, and with HTML as part of the text: Quarto would fetch scripts for either."
+    data = output.get("data", {})
+    data.pop("application/vnd.jupyter.widget-view+json", None)
+    if "text/html" in data and "image/png" not in data:
+        data["text/markdown"] = "::: {.html-output}\n``````{=html}\n" + "".join(data.pop("text/html")) + "\n``````\n:::"
+    return output
+
+
+def polish_cell(cell: Cell, target: str, public: set[str], ids: set[str], lines: dict[str, int], index: str) -> list[Cell]:
+    "A cell as the site shows it: none, one, or two with the line that names what it defines."
+    source = re.sub(r"^#\| ?(?!\S+:).*\n?", "", "".join(cell["source"]), flags=re.M) # nbdev's directives; Quarto's have a colon
+    if cell["cell_type"] != "code":
+        return [{**cell, "source": source}]
+    outputs = [quiet(output) for output in cell["outputs"]]
+    if not source.strip():
+        return []
+    if only_imports(source):
+        source = FOLDED + source
+    names = [name for name in definitions(source) if name in public] if cell.get("id") in ids else []
+    bar = [symbol_bar(names, target, lines, index)] if names else []
+    return [*bar, {**cell, "source": source, "outputs": outputs}]
+
+
+def polish(proc: Path) -> None:
+    "Rewrite the notebooks in a folder, once."
+    notebooks = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(proc.glob("*.ipynb"))}
+    index = "api.html" if proc / "api.ipynb" in notebooks else ""
+    home = settings()["doc_host"] + settings()["doc_baseurl"]
+    anchors: dict[str, set[str]] = {}
+    for notebook in notebooks.values():
+        if notebook["metadata"].get("polished"):
+            continue
+        target, cells = page_name(notebook), []
+        code = module_file(target).read_text(encoding="utf-8") if module_file(target).is_file() else ""
+        public = set(ast.literal_eval(found[1])) if (found := re.search(r"^__all__ = (\[.*?\])", code, re.M | re.S)) else set()
+        lines = definitions(code)
+        ids = set(re.findall(r"^# %% .*#(\w+)$", code, re.M))
+        for cell in notebook["cells"]:
+            for new in polish_cell(cell, target, public, ids, lines, index):
+                if cells and all("".join(one["source"]).startswith(FOLDED) and not one["outputs"] for one in (cells[-1], new)):
+                    cells[-1]["source"] += "\n" + new["source"].removeprefix(FOLDED)
+                else:
+                    cells.append(new)
+        notebook["cells"], anchors[target] = cells, {name.lower() for name in public}
+
+    def local(match: re.Match[str]) -> str: # what has no anchor leads to its page
+        return f"]({match[1]}{'#' + match[2] if match[2] in anchors.get(match[1], ()) else ''})"
+
+    for path, notebook in notebooks.items():
+        if not notebook["metadata"].pop("polished", False):
+            for cell in notebook["cells"]:
+                if cell["cell_type"] == "markdown":
+                    cell["source"] = re.sub(rf"\]\({re.escape(home)}/([^)#\s]+)(?:#([^)\s]*))?\)", local, "".join(cell["source"]))
+        notebook["metadata"]["polished"] = True
+        notebook["metadata"].pop("widgets", None)
+        path.write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
+
+
+if __name__ == "__main__" and Path.cwd().name == "_proc": # Quarto runs this in its project's folder; the book itself stays as it is
+    polish(Path.cwd())
