@@ -21,6 +21,7 @@ from .core import InputError, configure_logging
 
 # %% ../nbs/94_cli.ipynb #35104d70
 if TYPE_CHECKING:
+    from mmie.safety.red_team import ModelTarget
     from mmie.stages import Finished
 
 # %% ../nbs/94_cli.ipynb #4661f46b
@@ -364,6 +365,61 @@ def _versions(
     if n > 3:
         raise InputError(f"{n} versions are too many", where="--model", fix="give up to three")
     return ("before", "fine-tuned", "aligned")[:n] if n != 2 else ("before", "aligned")
+
+# %% ../nbs/94_cli.ipynb #f8c6683b
+_Suite = Annotated[
+    Path | None, typer.Option("--suite", help="YAML or JSON file with attacks, payloads, borderline requests and scorer; one of ours if left out."),
+]
+_Target = Annotated[
+    str, typer.Option("--target", help="Folder of a model (ours, also quantized, or of transformers), mmie-tiny-aligned, or http://… of a server."),
+]
+
+
+@app.command("redteam", epilog="A server:  MMIE_KEY=… mmie redteam --target http://localhost:8000/v1 --model my-model --key-from MMIE_KEY --out work/attacked")
+def _redteam(
+    target: _Target, # whom to attack
+    out: _Out, # where the result goes
+    suite: _Suite = None, # how
+    model: Annotated[str, typer.Option("--model", help="For a server: which of its models.")] = "default", # its name there
+    key_from: Annotated[str | None, typer.Option(help="For a server: the environment variable that holds its key.")] = None, # a name
+    per_second: Annotated[float | None, typer.Option(help="For a server: most requests a second.")] = None, # no limit
+    retries: Annotated[int, typer.Option(min=0, help="For a server: how often to ask again.")] = 4, # after the first try
+    batch_size: Annotated[int, typer.Option(min=1, help="Conversations at a time.")] = 32, # at a time
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 48, # of an answer
+) -> None:
+    """Attack a model with every strategy of a suite, and report rates that admit how sure they are.
+
+    Writes trials.jsonl, report.json and report.html. Stop with Ctrl-C whenever you like: the same command goes on from there.
+    """
+    from mmie.safety.red_team import campaign_table
+    from mmie.safety.suites import open_endpoint, read_suite, run_suite
+    plan = read_suite(suite)
+    options: dict[str, Any] = {"how": {"max_new_tokens": max_new_tokens}, "batch_size": batch_size, "progress": True}
+    if target.startswith(("http://", "https://")):
+        server = open_endpoint(target, model, key=_secret(key_from), max_tokens=max_new_tokens, retries=retries, per_second=per_second)
+        report = run_suite(server, plan, out, name=f"{model} at {target}", **options)
+    else:
+        report = run_suite(_attacked(target, max_new_tokens, batch_size), plan, out, name=target, **options)
+    typer.echo(f"{campaign_table(report)}\n\nThe report: {out / 'report.html'}")
+
+
+def _secret(
+    variable: str | None, # of the environment
+) -> str | None: # what it holds
+    if variable is not None and not os.environ.get(variable):
+        raise InputError(f"the variable {variable} is empty", where="--key-from", fix=f"say `export {variable}=…` first")
+    return os.environ.get(variable) if variable else None
+
+
+def _attacked(
+    source: str, # a folder, or a name
+    max_new_tokens: int, # of an answer
+    batch_size: int, # conversations at a time
+) -> "ModelTarget":
+    from mmie.constitutional.managers import ModelManager
+    from mmie.safety.red_team import ModelTarget
+    manager = ModelManager(source, batch_size=batch_size)
+    return ModelTarget(manager.model, manager.chat, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
 # %% ../nbs/94_cli.ipynb #96609221
 @app.command("study", epilog="One seed:  mmie study --seed 0 --out work/study")
