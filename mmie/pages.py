@@ -224,32 +224,32 @@ def live_form(
     controls: Mapping[str, Any], # what can be turned, by name, from `live_control`
     stand: Callable[[], Mapping[str, object]], # where each control should stand
     turn: Callable[[str, Any], None], # told what a reader turned and to what; may raise `InputError`
-    view: Callable[[], str], # the picture, as HTML
+    picture: Callable[[], str], # as trusted HTML, without the frame
     invitation: str, # what to try, in a sentence
     rows: Sequence[object] = (), # how to arrange the controls; default: one below the other
 ) -> LivePanel: # the widget
     "A form: what to try, controls, a picture. Turning a control changes the thing; changing the thing moves the controls."
     w, setting = widget_library(), False
-    picture, first = w.HTML(), invitation[:1].upper() + invitation[1:]
+    first, view = w.HTML(f"<div>{escape(invitation[:1].upper() + invitation[1:])}</div>"), w.HTML()
 
     def show() -> None:
         nonlocal setting
         setting = True
         for name, value in stand().items(): controls[name].value = value
         setting = False
-        picture.value = view()
+        view.value = live_face(picture())
 
     def turned(name: str, change: Mapping[str, object]) -> None:
         if setting: return
         try:
             turn(name, change["new"])
         except InputError as error:
-            picture.value = live_face(element("p", visible(str(error)), role="alert"))
+            view.value = live_face(element("p", visible(str(error)), role="alert"))
 
     for name, control in controls.items(): control.observe(functools.partial(turned, name), "value")
     listeners.append(show)
     show()
-    panel: LivePanel = w.VBox([w.HTML(f"<p>{escape(first)}</p>"), *(rows or controls.values()), picture])
+    panel: LivePanel = w.VBox([first, *(rows or controls.values()), view])
     return panel
 
 # %% ../nbs/05_pages.ipynb #fce3597d

@@ -383,13 +383,13 @@ def _plane_panel(
 ) -> list[Markup]:
     "A format among others."
     finite = [d for _, d in plane if math.isfinite(d)] or [min(snr, 100.0), 10.0]
-    frame = ChartFrame(546, 24, 752, 150, (1, max([bits, 9.0, *(b for b, _ in plane)]) + 0.5), (min(0.0, snr, *finite), max(finite) + 3))
+    frame = ChartFrame(474, 24, 670, 150, (1, max([bits, 9.0, *(b for b, _ in plane)]) + 0.5), (min(0.0, snr, *finite), max(finite) + 3))
     numbers = [svg_text(frame.left - 6, frame.y(t) + 4, f"{t:g}", text_anchor="end") for t in round_ticks(*frame.y_range)]
     dots = [(b, d, 2, "currentColor") for b, d in plane] + [(bits, snr, 6, PAGE_WARM)]
     circles = [element("circle", cx=f"{frame.x(b):.1f}", cy=f"{frame.y(min(d, frame.y_range[1])):.1f}", r=r, fill=fill)
                for b, d, r, fill in dots]
-    return [*_axis(frame, f"{bits:.2f} bits, {snr:.1f} dB", "bits a value; small dots: other formats"), *numbers, *circles,
-            svg_text(540, 164, "dB", text_anchor="end")]
+    return [*_axis(frame, f"{bits:.2f} bits, {snr:.1f} dB", "bits a value; dots are others"), *numbers, *circles,
+            svg_text(468, 26, "dB", text_anchor="end")]
 
 # %% ../../nbs/80_quantization.affine.ipynb #2c9a84ec
 def format_drawing(
@@ -402,12 +402,12 @@ def format_drawing(
     block, kept = (to_blocks(y, fmt.granularity)[0] for y in (x, stored))
     places, spread, bits, snr = format_places(x, fmt)[0], float(x.std()) or 1.0, fmt.cost(x.shape), format_snr(x, fmt)
     ends = torch.cat((block, kept))
-    uses = ChartFrame(6, 24, 290, 150, (float(ends.min()), float(ends.max()) or 1.0), (0, 1))
-    errors = ChartFrame(316, 24, 496, 150, (-1, 1), (0, 1))
-    panels = [*_use_panel(uses, block, kept, places), *_axis(errors, "errors", "in standard deviations of the values"),
+    uses = ChartFrame(6, 24, 244, 150, (float(ends.min()), float(ends.max()) or 1.0), (0, 1))
+    errors = ChartFrame(274, 24, 426, 150, (-1, 1), (0, 1))
+    panels = [*_use_panel(uses, block, kept, places), *_axis(errors, "errors", "in standard deviations"),
               _counts(errors, ((stored - x) / spread).clamp(-1, 1), 81), *_plane_panel(plane, bits, snr)]
     says = f"{len(kept.unique())} of {len(places)} places in use; {bits:.2f} bits a value; {snr:.1f} dB, among {len(plane)} other formats"
-    return svg_drawing(760, 200, says, *panels)
+    return svg_drawing(680, 200, says, *panels)
 
 # %% ../../nbs/80_quantization.affine.ipynb #22be92b9
 class FormatExplorer:
@@ -446,12 +446,16 @@ class FormatExplorer:
         for listener in self.listeners:
             listener()
 
-    def html(self) -> str: # self-contained, without any script
-        "The static face."
+    def picture(self) -> str: # without the frame
+        "The format in words, and its drawing."
         fmt, x = self.format, self.tensors[self.tensor]
         sharing = f"each {fmt.scales}" if isinstance(fmt.scales, str) else f"{fmt.scales} neighbors"
         said = f"{self.tensor}: {fmt.bits} bits, {fmt.grid} grid, a scale for {sharing}, {fmt.clip:.0%} of the range"
-        return live_face(element("p", said) + Markup(format_drawing(x, fmt, self.planes[self.tensor])), self.invitation)
+        return element("p", said) + Markup(format_drawing(x, fmt, self.planes[self.tensor]))
+
+    def html(self) -> str: # self-contained, without any script
+        "The static face."
+        return live_face(self.picture(), self.invitation)
 
     def _repr_mimebundle_(self, **kwargs: object) -> dict[str, object]:
         return live_bundle(self.panel, repr(self), self.html())
@@ -481,5 +485,5 @@ def explore_formats(
     "Turn the knobs of number formats in a notebook. Raises `InputError` without ipywidgets."
     explorer = FormatExplorer(tensors)
     explorer.panel = live_form(explorer.listeners, _controls(explorer), lambda: explorer.knobs,
-                               lambda knob, value: explorer.turn(**{knob: value}), explorer.html, explorer.invitation)
+                               lambda knob, value: explorer.turn(**{knob: value}), explorer.picture, explorer.invitation)
     return explorer

@@ -142,9 +142,9 @@ def _bar(
     half = element("span", style=f"position:absolute;left:50%;top:-2px;bottom:-2px;border-left:{_EDGE}")
     frame = f"display:block;position:relative;width:11em;max-width:36vw;height:.8em;border:{_EDGE}"
     name = element("span", evaluation.principle, style=_line(evaluation.principle))
-    return element(
-        "tr", element("th", name, scope="row", style=_LEFT), element("td", element("span", element("span", style=inside), half, style=frame)),
-        element("td", f"{evaluation.score:.2f}"), element("td", evaluation.label, style=_LEFT))
+    bar = element("span", element("span", style=inside), half, style=frame)
+    return element("tr", element("th", name, scope="row", style=_LEFT), element("td", bar),
+                   element("td", f"{evaluation.score:.2f}"), element("td", evaluation.label, style=_LEFT))
 
 
 def _legend(

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -157,7 +157,7 @@ def read_suite(
 def _numbers(
     rate: Estimate | None, # None: not asked
 ) -> dict[str, float] | None: # for JSON
-    return rate and {"value": rate.value, "low": rate.low, "high": rate.high, "n": rate.n}
+    return None if rate is None else {"value": rate.value, "low": rate.low, "high": rate.high, "n": rate.n}
 
 
 def campaign_record(
