@@ -275,7 +275,8 @@ FAMILIES = {family.model_type: family for family in (_GPT2, _LLAMA, _QWEN2, _QWE
 
 # %% ../../nbs/34_models.pretrained.ipynb #29d20b09
 _HARMLESS = {
-    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "_model_name_or_path", "use_cache", "return_dict",
+    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "return_dict",
+    "_name_or_path", "_model_name_or_path",
     "id2label", "label2id", "problem_type", "is_encoder_decoder", "is_decoder", "task_specific_params", "n_ctx", "pretraining_tp",
     "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "cache_implementation",
     "attn_implementation", "_attn_implementation", # another order of the same operations, like the next
@@ -751,7 +752,8 @@ def _gguf_record(
     def said(name: str) -> Any:
         return reader.get_field(f"llama.{name}").contents()
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": said("vocab_size"), "hidden_size": said("embedding_length"),
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+        "vocab_size": said("vocab_size"), "hidden_size": said("embedding_length"),
         "num_hidden_layers": said("block_count"), "num_attention_heads": said("attention.head_count"),
         "num_key_value_heads": said("attention.head_count_kv"), "intermediate_size": said("feed_forward_length"),
         "max_position_embeddings": said("context_length"), "rope_theta": said("rope.freq_base"), "tie_word_embeddings": True,
@@ -782,18 +784,19 @@ def _gguf_tokenizer(
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
     added = [{"id": i, "content": tokens[i], **flags} for i, kind in enumerate(said("ggml.token_type")) if kind == 3]
     steps = [{"type": "Digits", "individual_digits": True}, levels]
-    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": [merge.split(" ") for merge in said("ggml.merges")]}
+    vocab, merges = {token: i for i, token in enumerate(tokens)}, [merge.split(" ") for merge in said("ggml.merges")]
+    machine = {"version": "1.0", "added_tokens": added, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "decoder": levels,
+               "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
     roles = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     settings = {f"{role}_token": tokens[said(f"ggml.{name}_token_id")] for role, name in roles.items()}
-    return ({"version": "1.0", "added_tokens": added, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "decoder": levels, "model": model},
-            settings | {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": said("chat_template"), "model_max_length": 8192,
-                        "clean_up_tokenization_spaces": False})
+    return machine, settings | {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": said("chat_template"),
+                                "model_max_length": 8192, "clean_up_tokenization_spaces": False}
 
 # %% ../../nbs/34_models.pretrained.ipynb #d889d2ab
 def unpack_smollm2(
     folder: str | Path | None = None, # made if it is missing; None: a place of its own in the user's cache
 ) -> Path: # the folder, in the hub's layout: 540 MB in float32
-    "SmolLM2-135M-Instruct (Allal et al. 2025) from its package, unless it's there already. Raises `InputError` if the package or gguf isn't installed."
+    "SmolLM2-135M-Instruct (Allal et al. 2025) from its package, once. Raises `InputError` if that or gguf isn't installed."
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     place = cache / "mmie" / "smollm2-135m-instruct" if folder is None else Path(folder).expanduser()
     if (place / "config.json").exists(): # written last
