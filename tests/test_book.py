@@ -77,7 +77,7 @@ def test_stored_outputs_are_whole(path: Path) -> None:
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             assert output.output_type != "error", cell.source
-    if path.name != "index.ipynb":
+    if path.name != "index.ipynb" and any(cell.cell_type == "code" for cell in notebook.cells):
         assert any(cell.get("outputs") for cell in notebook.cells)
     assert not re.search(r"/(?:home|root|Users|work)/\w", path.read_text(encoding="utf-8")), "a machine's path"
 

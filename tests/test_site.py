@@ -89,7 +89,7 @@ def test_every_link_leads_somewhere(site: Path, pages: dict[str, Page]) -> None:
         for link in {*page.links, *page.loads} - {""}:
             if link.startswith(("http:", "https:", "data:", "mailto:")):
                 continue
-            target, _, anchor = link.partition("#")
+            target, _, anchor = re.sub(r"\?[^#]*", "", link).partition("#")
             assert not target or (site / target).exists(), f"{name}: {link}"
             if anchor and (target or name) in pages:
                 assert anchor in pages[target or name].ids, f"{name}: {link}"

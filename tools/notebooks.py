@@ -30,6 +30,8 @@ def run(path: Path) -> float:
     "Execute one notebook in its own folder; the file is written only when every cell ran."
     notebook = nbformat.read(path, as_version=4)
     started = time.perf_counter()
+    if not any(cell.cell_type == "code" for cell in notebook.cells):
+        return 0.0
     NotebookClient(notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     drop_widgets(notebook)
     nbformat.write(notebook, path)
@@ -44,8 +46,8 @@ def main(words: list[str]) -> None:
     for path in (bar := tqdm(paths)):
         bar.set_description(path.stem)
         bar.write(f"{path.stem:40} {run(path):6.1f} s")
-    for command in ("nbdev_clean", "nbdev_export"):
-        subprocess.run([command], cwd=ROOT, check=True)
+    for command in (["nbdev_clean"], ["nbdev_export"], [sys.executable, "tools/reference.py"]):
+        subprocess.run(command, cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from reference import proof_links, read_book
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDED = '#| code-fold: true\n#| code-summary: "Imports"\n'
 Cell = dict[str, Any]
@@ -51,14 +53,12 @@ def only_imports(source: str) -> bool:
     return bool(lines) and all(re.match(r"\s*(import|from|#)\s|if TYPE_CHECKING:|\s*$", line) for line in lines)
 
 
-def symbol_bar(names: list[str], target: str, lines: dict[str, int], index: str) -> Cell:
-    "The line above an exported cell: each name is an anchor, with links to its code in the repository and to its proofs in the index."
+def symbol_bar(names: list[str], target: str, lines: dict[str, int], proofs: dict[str, str]) -> Cell:
+    "The line above an exported cell: each name is an anchor, with links to its code in the repository and to its proofs."
     path, bars = module_file(target), []
-    dotted = f"{settings()['lib_name']}.{target.removesuffix('.html')}"
     for name in names:
         source = f"{settings()['git_url']}/blob/{settings()['branch']}/{path.relative_to(ROOT).as_posix()}#L{lines[name]}"
-        proofs = f" [proofs]({index}#{dotted}.{name})" if index else ""
-        bars.append(f"[[{name}](#{name.lower()})]{{#{name.lower()} .symbol}} [source]({source}){proofs}")
+        bars.append(f"[[{name}](#{name.lower()})]{{#{name.lower()} .symbol}} [source]({source}) {proofs.get(name, '')}".rstrip())
     return {"cell_type": "markdown", "id": f"names-{names[0]}", "metadata": {}, "source": "::: {.symbols}\n" + "\n\n".join(bars) + "\n:::"}
 
 
@@ -71,25 +71,35 @@ def quiet(output: Cell) -> Cell:
     return output
 
 
-def polish_cell(cell: Cell, target: str, public: set[str], ids: set[str], lines: dict[str, int], index: str) -> list[Cell]:
+def merged(outputs: list[Cell]) -> list[Cell]:
+    "Outputs with what was printed in several pieces in one."
+    kept: list[Cell] = []
+    for output in map(quiet, outputs):
+        if kept and "name" in output and kept[-1].get("name") == output["name"]:
+            kept[-1]["text"] = [*kept[-1]["text"], *output["text"]]
+        else:
+            kept.append(output)
+    return kept
+
+
+def polish_cell(cell: Cell, target: str, public: set[str], ids: set[str], lines: dict[str, int], proofs: dict[str, str]) -> list[Cell]:
     "A cell as the site shows it: none, one, or two with the line that names what it defines."
     source = re.sub(r"^#\| ?(?!\S+:).*\n?", "", "".join(cell["source"]), flags=re.M) # nbdev's directives; Quarto's have a colon
     if cell["cell_type"] != "code":
         return [{**cell, "source": source}]
-    outputs = [quiet(output) for output in cell["outputs"]]
     if not source.strip():
         return []
     if only_imports(source):
         source = FOLDED + source
     names = [name for name in definitions(source) if name in public] if cell.get("id") in ids else []
-    bar = [symbol_bar(names, target, lines, index)] if names else []
-    return [*bar, {**cell, "source": source, "outputs": outputs}]
+    bar = [symbol_bar(names, target, lines, proofs)] if names else []
+    return [*bar, {**cell, "source": source, "outputs": merged(cell["outputs"])}]
 
 
 def polish(proc: Path) -> None:
     "Rewrite the notebooks in a folder, once."
     notebooks = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(proc.glob("*.ipynb"))}
-    index = "api.html" if proc / "api.ipynb" in notebooks else ""
+    proofs = proof_links(read_book(ROOT)) if proc / "proofs.ipynb" in notebooks else {}
     home = settings()["doc_host"] + settings()["doc_baseurl"]
     anchors: dict[str, set[str]] = {}
     for notebook in notebooks.values():
@@ -101,7 +111,7 @@ def polish(proc: Path) -> None:
         lines = definitions(code)
         ids = set(re.findall(r"^# %% .*#(\w+)$", code, re.M))
         for cell in notebook["cells"]:
-            for new in polish_cell(cell, target, public, ids, lines, index):
+            for new in polish_cell(cell, target, public, ids, lines, proofs):
                 if cells and all("".join(one["source"]).startswith(FOLDED) and not one["outputs"] for one in (cells[-1], new)):
                     cells[-1]["source"] += "\n" + new["source"].removeprefix(FOLDED)
                 else:

@@ -27,6 +27,7 @@ from nbdev.config import get_config
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 from polish import polish
+from reference import link_proofs, read_book
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS, PROC, TOOLS = ROOT / "_docs", ROOT / "_proc", ROOT / "tools"
@@ -221,6 +222,8 @@ def main() -> None:
         build_with_quarto()
     else:
         build_without_quarto()
+    config = get_config()
+    link_proofs(DOCS, read_book(ROOT), f"{config.git_url}/blob/{config.branch}")
     sys.stdout.write(f"open {(DOCS / 'index.html').relative_to(ROOT)}\n")
 
 
