@@ -13,7 +13,7 @@ switcher.addEventListener("click", () => {
 });
 system.addEventListener("change", show); show();
 
-// Copy buttons; boxes that scroll can be reached with the keyboard.
+// Copy buttons, on touch screens when the code is tapped; boxes that scroll can be reached with the keyboard.
 for (const block of $$("div.sourceCode")) {
   const button = make("button", {className: "copy", type: "button", textContent: "Copy"});
   button.addEventListener("click", async () => {
