@@ -375,7 +375,7 @@ _Target = Annotated[
 ]
 
 
-@app.command("redteam", epilog="A server:  MMIE_KEY=… mmie redteam --target http://localhost:8000/v1 --model my-model --key-from MMIE_KEY --out work/attacked")
+@app.command("redteam", epilog="A server:  mmie redteam --target http://localhost:8000/v1 --model my-model --key-from MY_KEY --out work/attacked")
 def _redteam(
     target: _Target, # whom to attack
     out: _Out, # where the result goes
