@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..core import InputError
 from .generation import CausalLM, Sampling, checked_prompts, generate, without_grad
 from .search import next_distribution
 from ..pages import (PAGE_ACCENT, ChartFrame, LivePanel, element, live_bundle, live_control, live_face, live_form, svg_drawing, svg_text,
                         visible)
+from ..tokenization.explorer import legible
 
 # %% ../../nbs/39_models.playground.ipynb #1abd766a
 def perplexity(
@@ -50,11 +50,11 @@ def knobs_drawing(
     frame = ChartFrame(150, 26, 620, 26 + 20 * len(said), (0, max(float(said.max()), float(drawn.max()))), (len(said), 0))
     parts = [svg_text(8, 14, title, font_weight="bold")]
     for row, (name, told, taken) in enumerate(zip([*map(labels, best), "all others"], said.tolist(), drawn.tolist(), strict=True)):
-        place = {"x": frame.left, "y": f"{frame.y(row + 1) + 2:.1f}", "height": 16}
+        place = {"x": frame.left, "y": f"{frame.y(row) + 2:.1f}", "height": 16}
         parts += [element("rect", width=f"{frame.x(taken) - frame.left:.1f}", fill=PAGE_ACCENT, fill_opacity=0.55, **place),
                   element("rect", width=f"{frame.x(told) - frame.left:.1f}", fill="none", stroke="currentColor", **place),
-                  svg_text(frame.left - 8, frame.y(row + 1) + 14, name[:20], text_anchor="end"),
-                  svg_text(frame.x(max(told, taken)) + 6, frame.y(row + 1) + 14, f"{taken:.1%}" if taken else "cut")]
+                  svg_text(frame.left - 8, frame.y(row) + 14, name[:20], text_anchor="end"),
+                  svg_text(frame.x(max(told, taken)) + 6, frame.y(row) + 14, f"{taken:.1%}" if taken else "cut")]
     return svg_drawing(680, frame.bottom + 6, f"The next token. {title}", *parts)
 
 # %% ../../nbs/39_models.playground.ipynb #10ddc8de
@@ -99,7 +99,7 @@ class SamplingPlayground:
 
     def picture(self) -> str: # without the frame
         "The distribution, and the texts below it."
-        drawing = knobs_drawing(self.logits, self._sampling, lambda i: self.decode([i]))
+        drawing = knobs_drawing(self.logits, self._sampling, lambda i: legible(self.decode([i]).encode()))
         start = element("b", visible(self.decode(self.prompt)))
         return drawing + "".join(element("p", start, " ", visible(text)) for text in self.written())
 
@@ -121,7 +121,7 @@ def _knobs() -> dict[str, object]: # knob → slider
     return {
         "temperature": live_control("FloatSlider", "Temperature", "0 always takes the best; 1 is what the model said.", max=2.0, step=0.05),
         "top_k": live_control("IntSlider", "Top-k, 0 is off", "Draw among this many.", max=100),
-        "top_p": live_control("FloatSlider", "Top-p, 1 is off", "Draw among the fewest that hold this share.", min=0.05, max=1.0, step=0.05),
+        "top_p": live_control("FloatSlider", "Top-p, 1 is off", "Draw among the fewest with this share.", min=0.05, max=1.0, step=0.05),
         "min_p": live_control("FloatSlider", "Min-p, 0 is off", "Cut what is less than this share of the best.", max=1.0, step=0.01),
     }
 

@@ -444,7 +444,7 @@ def _roots(
     square = gain**2 + z**2 * (b**2 / n - v_se - v_sp)
     return off / gain, square, -2 * gain * off - z**2 * (b * (1 - 2 * a) / n - 2 * v_sp), off**2 - z**2 * (a * (1 - a) / n + v_sp)
 
-
+# %% ../../nbs/65_safety.red_team.ipynb #2396017f
 def rate_behind_flags(
     flagged: Score, # of all trials
     quality: "ScorerQuality | None" = None, # of the scorer; None: it makes no mistakes
@@ -581,12 +581,14 @@ def campaign_page(
 ) -> str: # HTML that needs nothing else
     "The whole report as a page: rates, picture, and the first success of each attack."
     from mmie.figures import figure_html
-    rows = [(name, len(mine), sum(bool(t.flagged) for t in mine), report.success(name))
-            for name in report.attacks if (mine := report.answered(name))]
+    def lines(field: str, names: Sequence[str]) -> list[tuple[str, int, int, Estimate]]:
+        tried = [(name, report.answered(**{field: name}), report.success(**{field: name})) for name in names if report.answered(**{field: name})]
+        return [(name, len(mine), sum(bool(trial.flagged) for trial in mine), rate) for name, mine, rate in tried]
     examples = [next((t for t in report.answered(name) if t.flagged), None) for name in report.attacks]
     picture = Markup(figure_html(campaign_figure(report), "Share of flagged trials by attack and category, and each attack's success rate"))
     return page_templates().get_template("safety/red_team.html.j2").render(
-        r=report, title=title, overall=report.success(), refusal=over_refusal(report), rows=rows,
+        r=report, title=title, overall=report.success(), refusal=over_refusal(report), rows=lines("attack", report.attacks),
+        kinds=lines("category", report.categories), declined=[t for t in report.trials if t.attack == HARMLESS_TWIN and t.flagged][:20],
         broken=sum(broken_payloads(report).values()),
         unanswered=sum(trial.flagged is None for trial in report.trials), picture=picture, examples=[trial for trial in examples if trial])
 
