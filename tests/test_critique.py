@@ -332,8 +332,8 @@ def test_the_stepper_stays_in_range() -> None:
         for shown in (-1, 1, 3, 99, None):
             stepper.go(index, shown)
             assert 0 <= stepper.index <= 1 and 1 <= stepper.shown <= stepper.cards == 6
-            assert len(re.findall("<div", stepper.html())) == stepper.shown
-    assert RevisionStepper([Revision("p", "")]).html().count("<div") == 2
+            assert len(re.findall("<div", stepper.picture())) == stepper.shown
+    assert RevisionStepper([Revision("p", "")]).picture().count("<div") == 2
 
 
 def test_a_local_llama_of_transformers(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ __all__ = ['Fault', 'Wanted', 'RevisionVariant', 'StepOutcome', 'AnswerJudge', '
 # %% ../../nbs/73_constitutional.critique.ipynb #338419f6
 import hashlib
 import html
-import importlib
 import json
 import os
 import re
@@ -33,12 +32,11 @@ from .managers import DualModelManager, Reply
 from ..core import InputError, Settings, atomic_write
 from ..measure import html_table, text_table
 from ..models.generation import CausalLM
+from ..pages import LivePanel, live_bundle, live_control, live_face, live_form
 from ..training.finetune import ChatFormat, Message, QAPair, Score
 
 # %% ../../nbs/73_constitutional.critique.ipynb #c8307338
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -722,21 +720,18 @@ def revision_html(
     shown: int | None = None, # how many cards to reveal; None: all
 ) -> str: # self-contained, without any script
     "A record as a page: what was asked, answered, criticized and revised, changes marked."
-    from mmie.figures import INK, PAPER
     cards = _cards(revision)
-    box = f"background:{PAPER};color:{INK};border-left:3px solid #818181;margin:0.4em 0;padding:0.3em 0.8em;white-space:pre-wrap"
+    box = ("background:var(--paper, #fff);color:var(--ink, #1a1a1a);border-left:3px solid #818181;"
+           "margin:.4em 0;padding:.3em .8em;white-space:pre-wrap")
     body = "".join(f'<div style="{box}"><small><b>{_escaped(title)}</b></small><br>{text}</div>' for title, text in cards[:shown])
     hidden = len(cards) - len(cards[:shown])
     return body + (f"<p><small>{hidden} more to come</small></p>" if hidden else f"<p><small>status: {revision.status}</small></p>")
 
 # %% ../../nbs/73_constitutional.critique.ipynb #b2c636dd
-class _Shown(Protocol):
-    "A widget, as far as it matters here."
-    def _repr_mimebundle_(self) -> dict[str, object] | None:
-        "How the browser finds it."
-
 class RevisionStepper:
     "Records to step through; a notebook shows it as a widget or as a static page. Raises `InputError` without any record."
+    invitation = "choose a record, then reveal one card after the other: would you have seen what the critique saw?"
+
     def __init__(
         self,
         revisions: Sequence[Revision], # at least one
@@ -745,7 +740,7 @@ class RevisionStepper:
             raise InputError("there are no revisions to step through", where="RevisionStepper")
         self.revisions = list(revisions)
         self.listeners: list[Callable[[], None]] = [] # called after each change
-        self.panel: _Shown | None = None # the widget, if there is one
+        self.panel: LivePanel | None = None # the widget, if there is one
         self.index, self.shown = 0, len(_cards(self.revisions[0]))
 
     @property
@@ -764,54 +759,36 @@ class RevisionStepper:
         for listener in self.listeners:
             listener()
 
-    def html(self) -> str: # self-contained, without any script
-        "The static face."
+    def picture(self) -> str: # without the frame
+        "The revealed cards."
         return f"<p><b>{self.index + 1} of {len(self.revisions)}</b></p>{revision_html(self.revisions[self.index], self.shown)}"
 
+    def html(self) -> str: # self-contained, without any script
+        "The static face."
+        return live_face(self.picture(), self.invitation)
+
     def _repr_mimebundle_(self, **kwargs: object) -> dict[str, object]:
-        return {**((self.panel and self.panel._repr_mimebundle_()) or {}), "text/plain": repr(self), "text/html": self.html()}
+        return live_bundle(self.panel, repr(self), self.html())
 
     def __repr__(self) -> str:
         return f"RevisionStepper({len(self.revisions)} records, at {self.index}, {self.shown} of {self.cards} cards shown)"
 
 # %% ../../nbs/73_constitutional.critique.ipynb #740ab1ac
-def _buttons(
-    stepper: RevisionStepper, # what they move
-) -> "_Shown":
-    "A slider for the record, buttons for the cards, and a view."
-    try:
-        w: ModuleType = importlib.import_module("ipywidgets")
-    except ImportError as error:
-        raise InputError("the live stepper needs ipywidgets", fix="pip install 'mmie[lab]', or use RevisionStepper") from error
-    record = w.IntSlider(1, min=1, max=len(stepper.revisions), description="Record", continuous_update=False)
-    less, more, all_of_it = (w.Button(description=text) for text in ("Back", "Next", "All"))
-    view = w.HTML()
-
-    def show() -> None:
-        record.value = stepper.index + 1
-        less.disabled, more.disabled = stepper.shown <= 1, stepper.shown >= stepper.cards
-        view.value = stepper.html()
-
-    def chosen(change: Mapping[str, int]) -> None:
-        if change["new"] - 1 != stepper.index: # not an echo of our own setting
-            stepper.go(change["new"] - 1, 1)
-
-    record.observe(chosen, "value")
-    less.on_click(lambda _: stepper.go(shown=stepper.shown - 1))
-    more.on_click(lambda _: stepper.go(shown=stepper.shown + 1))
-    all_of_it.on_click(lambda _: stepper.go())
-    stepper.listeners.append(show)
-    show()
-    panel: _Shown = w.VBox([record, w.HBox([less, more, all_of_it]), view])
-    return panel
-
-# %% ../../nbs/73_constitutional.critique.ipynb #cbbd1b33
 def step_through(
     revisions: Sequence[Revision], # at least one
 ) -> RevisionStepper: # the last thing in a cell shows itself
     "Step through revisions in a notebook. Raises `InputError` without ipywidgets."
     stepper = RevisionStepper(revisions)
-    stepper.panel = _buttons(stepper)
+    controls = {
+        "record": live_control("IntSlider", "Record", "Which one to read.", min=1, max=len(stepper.revisions)),
+        "shown": live_control("IntSlider", "Cards shown", "Reveal the next.", min=1, max=max(len(_cards(r)) for r in stepper.revisions)),
+    }
+
+    def turn(knob: str, value: int) -> None:
+        stepper.go(value - 1, 1) if knob == "record" else stepper.go(shown=value)
+
+    stepper.panel = live_form(stepper.listeners, controls, lambda: {"record": stepper.index + 1, "shown": stepper.shown}, turn,
+                              stepper.picture, stepper.invitation)
     return stepper
 
 # %% ../../nbs/73_constitutional.critique.ipynb #f02ab97b
