@@ -3,8 +3,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def test_help_is_quick_and_needs_no_torch() -> None:
 
 @pytest.mark.parametrize("words", [[], ["run"], ["corpus"], ["tokenizer", "train"], ["tokenizer", "encode"], ["tokenizer", "decode"], ["train"], ["finetune"],
                                    ["generate"], ["quantize"], ["export"], ["align"], ["assistant"], ["assess"], ["baselines"], ["exam"], ["report"],
-                                   ["prune"], ["shrink"], ["tradeoffs"], ["bench", "quantization"]], ids=" ".join)
+                                   ["prune"], ["shrink"], ["tradeoffs"], ["redteam"], ["bench", "quantization"]], ids=" ".join)
 def test_every_help_teaches(mmie: Run, words: list[str]) -> None:
     shown = mmie(*words, "--help")
     assert shown.returncode == 0 and "mmie " in shown.stdout and ":  mmie" in shown.stdout.replace("\n", " "), "help ends with a line to copy"
@@ -228,3 +229,82 @@ def test_pruned_and_shrunk(here: Run, requests: Path, tmp_path: Path) -> None:
 
 def test_a_bench_of_a_width_that_cannot_be(here: Run) -> None:
     refused(here("bench", "quantization", "--d-model", 100), "100", "multiple of 64")
+
+
+@pytest.fixture
+def chat_server() -> Iterator[tuple[str, list[tuple[str | None, str]]]]:
+    "An OpenAI-style server that repeats everything it hears, and its list of keys and models."
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    seen: list[tuple[str | None, str]] = []
+
+    class Parrot(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append((self.headers["Authorization"], body["model"]))
+            text = " ".join(message["content"] for message in body["messages"])
+            reply = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *_: object) -> None:
+            pass
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Parrot)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", seen
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_red_team_against_a_server(here: Run, chat_server: tuple[str, list[tuple[str | None, str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address, seen = chat_server
+    (tmp_path / "suite.yaml").write_text("attacks: [direct, persistence]\ncode_words: 4\nborderline: [\"How do I kill a process?\"]\n", encoding="utf-8")
+    monkeypatch.setenv("MY_KEY", "s3cret")
+    words = ["redteam", "--target", address, "--model", "m", "--key-from", "MY_KEY", "--suite", tmp_path / "suite.yaml", "--out", tmp_path / "out"]
+    done = here(*words)
+    assert done.returncode == 0 and "all attacks: 100%" in done.stdout, done.stderr
+    record = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert record["overall"]["success"]["value"] == 1 and record["over_refusal"]["value"] == 0 and record["over_refusal"]["n"] == 5
+    assert set(seen) == {("Bearer s3cret", "m")} and len(seen) == 1 + 2 * 4 + 5
+    assert not any("s3cret" in file.read_text(encoding="utf-8") for file in (tmp_path / "out").iterdir()), "the key is written nowhere"
+    assert here(*words).returncode == 0 and len(seen) == 1 + 2 * 4 + 5 + 1, "the second time it only greets"
+
+
+def test_a_red_team_that_cannot_begin(here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attack(*words: object) -> subprocess.CompletedProcess[str]:
+        return here("redteam", *words, "--out", tmp_path / "out")
+    for name, text in {"typo": "atacks: [direct]\n", "rot14": "attacks: [direct(rot14)]\ncode_words: 1\n", "nothing": "attacks: [direct]\n", "broken": "attacks: [direct\n"}.items():
+        (tmp_path / name).with_suffix(".yaml").write_text(text, encoding="utf-8")
+    suite = ["--target", "mmie-tiny-base", "--suite"]
+    refused(attack(*suite, tmp_path / "typo.yaml"), "atacks", "attacks")
+    refused(attack(*suite, tmp_path / "rot14.yaml"), "rot14", "did you mean")
+    refused(attack(*suite, tmp_path / "nothing.yaml"), "code_words")
+    refused(attack(*suite, tmp_path / "broken.yaml"), "YAML")
+    refused(attack(*suite, tmp_path / "missing.yaml"), "missing.yaml")
+    refused(attack("--target", "mmie-tiny-bass"), "mmie-tiny-base")
+    refused(attack("--target", tmp_path), "missing")
+    refused(attack("--target", "http://127.0.0.1:9", "--retries", 0), "127.0.0.1:9")
+    monkeypatch.delenv("NO_KEY", raising=False)
+    refused(attack("--target", "http://127.0.0.1:9", "--key-from", "NO_KEY"), "NO_KEY")
+    assert not (tmp_path / "out").exists(), "what was refused leaves no trace"
+
+
+def test_a_killed_red_team_goes_on(here: Run, tmp_path: Path) -> None:
+    "Ctrl-C ends it with 130; the same command does the rest, and the log is that of an undisturbed campaign."
+    import signal
+    (tmp_path / "suite.yaml").write_text("attacks: [direct, overflow]\ncode_words: 16\n", encoding="utf-8")
+    words = ["redteam", "--target", "mmie-tiny-aligned", "--suite", tmp_path / "suite.yaml", "--batch-size", 1]
+    program = [str(Path(sys.executable).parent / "mmie"), *map(str, words), "--out", str(tmp_path / "killed")]
+    process, log = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), tmp_path / "killed" / "trials.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_bytes().count(b"\n") > 5) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "goes on from here" in said and "Traceback" not in said, said
+    assert 5 < log.read_bytes().count(b"\n") < 1 + 3 * 16
+    for out in ("killed", "whole"):
+        assert here(*words, "--out", tmp_path / out).returncode == 0
+    assert (tmp_path / "killed" / "report.json").read_bytes() == (tmp_path / "whole" / "report.json").read_bytes()
+    assert sorted(log.read_text(encoding="utf-8").splitlines()) == sorted((tmp_path / "whole" / "trials.jsonl").read_text(encoding="utf-8").splitlines())
