@@ -366,16 +366,36 @@ def _versions(
         raise InputError(f"{n} versions are too many", where="--model", fix="give up to three")
     return ("before", "fine-tuned", "aligned")[:n] if n != 2 else ("before", "aligned")
 
+# %% ../nbs/94_cli.ipynb #47daffeb
+@app.command("attack", epilog="Example:  mmie attack --model mmie-tiny-base --model mmie-tiny-aligned --out work/attacked")
+def _attack(
+    model: Annotated[
+        list[str], typer.Option(help="Folder of an assistant of the small world, or mmie-tiny-base. Up to four versions of one."),
+    ], # whom to attack
+    out: _Out, # where the result goes
+    n: Annotated[int, typer.Option("--requests", min=1, help="Requests of each harmful category.")] = 2, # of each
+    of: Annotated[int, typer.Option("--of", min=1, help="Chosen from those that `mmie assess` asks with this number.")] = 12, # of each
+    seed: _Seed = None, # of the world, and of the draw
+) -> None:
+    "Attack versions of an assistant of the small world with the same requests, with exact truth about what they give away."
+    from mmie.lifecycle import VERSIONS, attack_assistants
+    if len(model) > len(VERSIONS):
+        raise InputError(f"{len(model)} versions are too many", where="--model", fix=f"give up to {len(VERSIONS)}")
+    _tell(attack_assistants(dict(zip(VERSIONS, model, strict=False)), out, n=n, of=of, seed=seed or 0, progress=True))
+
 # %% ../nbs/94_cli.ipynb #f8c6683b
 _Suite = Annotated[
-    Path | None, typer.Option("--suite", help="YAML or JSON file with attacks, payloads, borderline requests and scorer; one of ours if left out."),
+    Path | None,
+    typer.Option("--suite", help="YAML or JSON file with attacks, payloads, borderline requests and scorer; ours when left out."),
 ]
 _Target = Annotated[
-    str, typer.Option("--target", help="Folder of a model (ours, also quantized, or of transformers), mmie-tiny-aligned, or http://… of a server."),
+    str,
+    typer.Option("--target", help="Folder of a model (ours, also quantized, or of transformers), mmie-tiny-aligned, or http://… of a server."),
 ]
 
 
-@app.command("redteam", epilog="A server:  mmie redteam --target http://localhost:8000/v1 --model my-model --key-from MY_KEY --out work/attacked")
+@app.command("redteam", epilog="A server:  mmie redteam --target http://localhost:8000/v1 --model my-model --key-from MY_KEY "
+                               "--out work/attacked")
 def _redteam(
     target: _Target, # whom to attack
     out: _Out, # where the result goes
@@ -402,7 +422,7 @@ def _redteam(
         report = run_suite(_attacked(target, max_new_tokens, batch_size), plan, out, name=target, **options)
     typer.echo(f"{campaign_table(report)}\n\nThe report: {out / 'report.html'}")
 
-
+# %% ../nbs/94_cli.ipynb #8de074fc
 def _secret(
     variable: str | None, # of the environment
 ) -> str | None: # what it holds

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAGE_ACCENT', 'PAGE_WARM', 'DASHED', 'visible', 'element', 'svg_text', 'svg_line', 'svg_drawing', 'round_ticks',
            'spread_labels', 'ChartFrame', 'script_hash', 'large_number', 'in_two_widths', 'page_templates', 'live_face',
-           'LivePanel', 'live_bundle', 'widget_library', 'live_control', 'live_form', 'Conclusion']
+           'live_page', 'LivePanel', 'live_bundle', 'widget_library', 'live_control', 'live_form', 'Conclusion']
 
 # %% ../nbs/05_pages.ipynb #42effe4e
 import base64
@@ -171,6 +171,7 @@ def page_templates() -> "Environment": # knows every template of the package by 
     env.filters.update(visible=visible, size=format_bytes, duration=format_seconds, csp_hash=script_hash)
     env.filters["short"] = lambda n: large_number(n, " M", " B")
     env.globals["css"] = Markup(source("page.css"))
+    env.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False} # data for scripts, without padding
     return env
 
 # %% ../nbs/05_pages.ipynb #2729ac00
@@ -182,6 +183,15 @@ def live_face(
     style = Markup("<style>" + resources.files("mmie").joinpath("live.css").read_text(encoding="utf-8") + "</style>")
     note = element("p", f"Live in JupyterLab: {invitation}", class_="invitation") if invitation else ""
     return str(element("div", style, Markup(body), note, class_="mmie-live"))
+
+
+def live_page(
+    title: str, # of the window
+    face: str, # from `live_face`
+) -> str: # HTML
+    "A static face as a page of its own, to send to somebody without Python."
+    head = """<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">"""
+    return f'<!doctype html>\n<html lang="en"><head>{head}{element("title", title)}<link rel="icon" href="data:,"></head><body>{face}</body></html>\n'
 
 
 class LivePanel(Protocol):

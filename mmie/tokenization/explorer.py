@@ -10,8 +10,6 @@ __all__ = ['legible', 'TokenPiece', 'token_pieces', 'cuts', 'TokenWalk', 'token_
 import bisect
 import contextlib
 import functools
-import html
-import importlib
 import itertools
 import os
 import re
@@ -19,18 +17,16 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..core import InputError, atomic_write
+from ..pages import LivePanel, live_bundle, live_control, live_face, live_form, live_page, page_templates, widget_library
 from .base import BaseTokenizer
 from .bpe import BPETokenizer, merge_steps
 
 # %% ../../nbs/19_tokenization.explorer.ipynb #5d7c21ae
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from jinja2.environment import TemplateModule
 
 # %% ../../nbs/19_tokenization.explorer.ipynb #30cfa741
@@ -270,10 +266,7 @@ def _notes(
 @functools.cache
 def _template() -> "TemplateModule":
     "The macros that write HTML."
-    import jinja2
-    env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    env.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    return env.from_string(resources.files("mmie.tokenization").joinpath("explorer.html.j2").read_text(encoding="utf-8")).module
+    return page_templates().get_template("tokenization/explorer.html.j2").module
 
 def _film(
     walk: TokenWalk, # of the text
@@ -300,13 +293,10 @@ def _scene(
     }
 
 # %% ../../nbs/19_tokenization.explorer.ipynb #fc545ac3
-class _Panel(Protocol):
-    "A widget, as far as it matters here."
-    def _repr_mimebundle_(self) -> dict[str, object] | None:
-        "How the browser finds it."
-
 class TokenExplorer(_TextAndStep):
     "A text, its tokens, and how many of its merges are done; a notebook shows it as a widget or as a static page."
+    invitation = "type another text, then go back through its merges."
+
     def __init__(
         self,
         tokenizers: Sequence[BaseTokenizer], # one, or two to compare
@@ -317,7 +307,7 @@ class TokenExplorer(_TextAndStep):
         self.names = tuple(names or (f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens" for tokenizer in tokenizers))
         if not 1 <= len(tokenizers) == len(self.names) <= 2:
             raise InputError(f"{len(tokenizers)} tokenizers and {len(self.names)} names", fix="explore one tokenizer or two, and name each")
-        self.panel: _Panel | None = None # the widget, if there is one
+        self.panel: LivePanel | None = None # the widget, if there is one
         super().__init__(tokenizers, text, limit)
 
     @property
@@ -327,18 +317,18 @@ class TokenExplorer(_TextAndStep):
 
     def html(self) -> str: # self-contained
         "The static twin: a piece of HTML that needs no server, no network, and hardly any script."
-        return str(_template().twin(_scene(self.names, self))) # type: ignore[attr-defined]
+        return live_face(str(_template().twin(_scene(self.names, self))), self.invitation) # type: ignore[attr-defined]
 
     def save(
         self,
         path: str | os.PathLike[str], # "tokens.html"
     ) -> Path: # the file
         "Write the static twin as a page of its own."
-        atomic_write(path, str(_template().page(_scene(self.names, self), f"Tokens: {self.text[:60]}"))) # type: ignore[attr-defined]
+        atomic_write(path, live_page(f"Tokens: {self.text[:60]}", self.html()))
         return Path(path)
 
     def _repr_mimebundle_(self, **kwargs: object) -> dict[str, object]:
-        return {**((self.panel and self.panel._repr_mimebundle_()) or {}), "text/plain": repr(self), "text/html": self.html()}
+        return live_bundle(self.panel, repr(self), self.html())
 
     def __repr__(self) -> str:
         return f"TokenExplorer({', '.join(f'{len(walk.at(self.step)):,} tokens' for walk in self.walks)}, step {self.step} of {self.steps})"
@@ -356,70 +346,43 @@ def explorer_html(
     return TokenExplorer([tokenizer, other] if other else [tokenizer], text, names, limit).html()
 
 # %% ../../nbs/19_tokenization.explorer.ipynb #804e09fb
-def _widgets() -> "ModuleType":
-    "The ipywidgets package. Raises `InputError` if it's not there."
-    try:
-        return importlib.import_module("ipywidgets")
-    except ImportError as error:
-        raise InputError("the live explorer needs ipywidgets", fix="pip install ipywidgets, or use explorer_html") from error
-
-# %% ../../nbs/19_tokenization.explorer.ipynb #20f451ec
-def _controls(
-    w: "ModuleType", # ipywidgets
-    explorer: TokenExplorer, # whose step to show and to set
-) -> _Panel:
-    "A slider over the merges, a number to type, and three buttons."
+def _walk_row() -> tuple[object, object, tuple[Any, ...]]: # the row, its slider, and everything that has a step
+    "A number to type, a slider over the merges, and three buttons."
+    w = widget_library()
+    number = live_control("BoundedIntText", "Merges done", "Go to a step.", layout=w.Layout(width="13em"))
     slider = w.IntSlider(readout=False, layout=w.Layout(flex="1 1 8em", width="auto"))
-    number = w.BoundedIntText(description="Merges done", style={"description_width": "7em"}, layout=w.Layout(width="12em"))
-    back, on, play = w.Button(description="Back"), w.Button(description="Next"), w.ToggleButton(description="Play", tooltip="Play or stop")
     film = w.Play(interval=500, repeat=True, layout=w.Layout(display="none"))
-    row = w.HBox([number, slider, back, on, play, film], layout=w.Layout(flex_flow="row wrap"))
-
-    def show() -> None:
-        for part in (slider, number, film):
-            part.max, part.value = explorer.steps, explorer.step
-        row.layout.display = "flex" if explorer.steps else "none"
-
-    def moved(change: Mapping[str, int]) -> None:
-        if change["new"] != explorer.step and change["new"] <= explorer.steps:
-            explorer.step = change["new"]
-
-    show()
-    explorer.listeners.append(show)
-    slider.observe(moved, "value")
+    narrow = w.Layout(width="4.5em")
+    back, on = (w.Button(description=name, tooltip=hint, layout=narrow) for name, hint in (("Back", "One merge less"), ("Next", "One more")))
+    play = w.ToggleButton(description="Play", tooltip="Play or stop", layout=narrow)
     for one, other in (((number, "value"), (slider, "value")), ((film, "value"), (slider, "value")), ((play, "value"), (film, "playing"))):
         w.jslink(one, other) # inside the browser, without a way through Python
     for button, by in ((back, -1), (on, 1)):
-        button.layout.width = play.layout.width = "4.5em"
         button.on_click(lambda _, by=by: setattr(slider, "value", min(max(slider.value + by, 0), slider.max)))
-    panel: _Panel = row
-    return panel
+    row = w.HBox([number, slider, back, on, play, film], layout=w.Layout(flex_flow="row wrap", max_width="46em"))
+    return row, slider, (slider, number, film)
 
-# %% ../../nbs/19_tokenization.explorer.ipynb #f2156cc2
+# %% ../../nbs/19_tokenization.explorer.ipynb #20f451ec
 def _panel(
     explorer: TokenExplorer, # whose text and step to show and to set
-) -> _Panel:
+) -> LivePanel:
     "A text area, a slider and the tokens, tied to an explorer."
-    w = _widgets()
-    box = w.Textarea(value=explorer.text, description="Text", rows=3, style={"description_width": "7em"}, layout=w.Layout(width="auto"))
-    view = w.HTML()
+    box = live_control("Textarea", "Text", "What to tokenize.", rows=3)
+    row, slider, parts = _walk_row()
 
-    def show() -> None:
-        box.value = explorer.text
-        view.value = str(_template().view(_scene(explorer.names, explorer))) # type: ignore[attr-defined]
+    def stand() -> dict[str, object]:
+        for part in parts:
+            part.max, part.value = explorer.steps, explorer.step
+        row.layout.display = "flex" if explorer.steps else "none" # type: ignore[attr-defined]
+        return {"text": explorer.text}
 
-    def typed(change: Mapping[str, str]) -> None:
-        try:
-            if change["new"] != explorer.text:
-                explorer.text = change["new"]
-        except InputError as error:
-            view.value = f'<p role="alert">{html.escape(str(error))}</p>'
+    def turn(name: str, value: Any) -> None:
+        setattr(explorer, name, min(value, explorer.steps) if name == "step" else value)
 
-    show()
-    explorer.listeners.append(show)
-    box.observe(typed, "value")
-    panel: _Panel = w.VBox([box, _controls(w, explorer), view])
-    return panel
+    def view() -> str:
+        return str(_template().view(_scene(explorer.names, explorer))) # type: ignore[attr-defined]
+
+    return live_form(explorer.listeners, {"text": box, "step": slider}, stand, turn, view, explorer.invitation, [box, row])
 
 # %% ../../nbs/19_tokenization.explorer.ipynb #52a76096
 def explore(
