@@ -190,8 +190,11 @@ def live_page(
     face: str, # from `live_face`
 ) -> str: # HTML
     "A static face as a page of its own, to send to somebody without Python."
-    head = """<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">"""
-    return f'<!doctype html>\n<html lang="en"><head>{head}{element("title", title)}<link rel="icon" href="data:,"></head><body>{face}</body></html>\n'
+    metas = {"viewport": "width=device-width, initial-scale=1", "color-scheme": "light dark"}
+    head = "".join(f'<meta name="{name}" content="{content}">' for name, content in metas.items()) + element("title", title)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">{head}<link rel="icon" href="data:,"></head><body>{face}</body></html>
+"""
 
 
 class LivePanel(Protocol):

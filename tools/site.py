@@ -190,7 +190,8 @@ def build_without_quarto() -> None:
     proc_nbs(force=True)
     polish(PROC)
     shutil.rmtree(DOCS, ignore_errors=True)
-    shutil.copytree(ROOT / "nbs" / "images", DOCS / "images")
+    for folder in ("images", "fonts"):
+        shutil.copytree(ROOT / "nbs" / folder, DOCS / folder)
     pages = sidebar()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda page: (load(page, DOCS), convert(page)), pages))
