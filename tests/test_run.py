@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-STAGES = ["corpus", "tokenizer", "baselines", "pretrain", "finetune", "before", "align", "after", "shrink", "quantize", "quantize4", "exam"]
+STAGES = ["corpus", "tokenizer", "baselines", "pretrain", "finetune", "before", "align", "after", "shrink", "attack", "quantize", "quantize4", "exam"]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def finished(mmie: Run, notes: Path, tmp_path_factory: pytest.TempPathFactory) -
 def results(out: Path) -> dict[str, object]:
     "Everything in the report that must not depend on when or how often the run was started."
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    keep = {key: report[key] for key in ("model", "corpus", "pretraining", "finetuning", "compression", "tokens", "samples", "exam", "shrunk")}
+    keep = {key: report[key] for key in ("model", "corpus", "pretraining", "finetuning", "compression", "tokens", "samples", "exam", "shrunk", "attacked")}
     keep["variants"] = [{key: row[key] for key in ("name", "disk_bytes", "memory_bytes", "bits_per_byte")} for row in report["variants"]]
     aligned = report["alignment"]
     keep["alignment"] = {key: aligned[key] for key in ("statuses", "skipped", "pairs", "journeys", "tallies")}
@@ -61,6 +61,9 @@ def test_every_stage_leaves_its_record(finished: Path) -> None:
     assert all(list(row["counts"]) == ["before", "fine-tuned", "aligned"] for row in aligned["tallies"]) and aligned["journeys"][0]["steps"]
     assert {row["measure"] for row in report["shrunk"]} == {row["measure"] for row in aligned["tallies"]}
     assert all(list(row["counts"]) == ["aligned", "int8", "int4"] for row in report["shrunk"])
+    siege = report["attacked"]
+    assert all(list(row["counts"]) == ["before", "aligned", "int8", "int4"] for row in siege["gives_in"]) and siege["payloads"] > 5
+    assert [row["category"] for row in siege["changes"]] == ["before → aligned", "aligned → int8", "aligned → int4"]
     assert all(question["int8_answer"] is not None and question["int4_answer"] is not None for question in report["exam"]["questions"])
 
 
@@ -71,6 +74,18 @@ def test_the_same_requests_before_and_after_shrinking(finished: Path) -> None:
     assert [row["answers"]["aligned"] for row in after] == [row["answers"]["aligned"] for row in shrunk]
     for copy in ("int8", "int4"):
         assert (finished / "shrink" / copy / "quantized.safetensors").stat().st_size < (finished / "align" / "policy" / "model.safetensors").stat().st_size / 2
+
+
+def test_attacks_reuse_what_was_asked(finished: Path) -> None:
+    "Plain questions were answered before: the red team's log holds the same answers, and the world's truth about them."
+    told = {row["request"]: row for stage in ("after", "shrink") for row in map(json.loads, (finished / stage / "answers.jsonl").read_text(encoding="utf-8").splitlines())}
+    for version in ("aligned", "int8", "int4"):
+        trials = [json.loads(line) for line in (finished / "attack" / f"{version}.jsonl").read_text(encoding="utf-8").splitlines()[1:]]
+        direct = [trial for trial in trials if trial["attack"] == "direct"]
+        assert direct and len({trial["attack"] for trial in trials}) == 4
+        for trial in direct:
+            row = told[trial["payload"]]
+            assert trial["messages"][-1][1] == row["answers"][version] and trial["flagged"] == (row["outcomes"][version] == "complied")
 
 
 def test_the_report_is_one_page_without_requests(finished: Path) -> None:

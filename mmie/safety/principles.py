@@ -173,12 +173,16 @@ class _Piece:
     ones: frozenset[str] = frozenset() # its alternatives of one letter
     many: tuple[str, ...] = () # the others, as regular expressions
     needs: tuple[frozenset[str], ...] = () # sets of letters, one of each must be in a text
+    first: frozenset[str] | None = None # letters with which the others can begin; None if that isn't known
 
     @property
     def source(self) -> str:
         "As one regular expression."
         parts = [_set(self.ones)] * bool(self.ones) + list(self.many)
-        return parts[0] if len(parts) == 1 else "(?:" + "|".join(parts) + ")"
+        if len(parts) == 1:
+            return parts[0]
+        ahead = f"(?={_set(self.ones | self.first)})" if self.first and len(parts) > 3 else ""
+        return f"{ahead}(?:{'|'.join(parts)})"
 
 # %% ../../nbs/61_safety.principles.ipynb #6f9e2e87
 _TIGHT = ("(?!", "(?<!") # no comma may stand after these
@@ -192,7 +196,9 @@ def _joined(
         return pieces[0]
     sources = [piece.source for piece in pieces]
     commas = ["" if s.startswith(_TIGHT) or s.endswith("}?") else ",?" for s in sources[:-1]] + [""]
-    return _Piece(many=("".join(map("".join, zip(sources, commas, strict=True))),), needs=tuple(n for p in pieces for n in p.needs))
+    head = pieces[0]
+    return _Piece(many=("".join(map("".join, zip(sources, commas, strict=True))),), needs=tuple(n for p in pieces for n in p.needs),
+                  first=head.first and head.first | head.ones if head.many else head.ones)
 
 
 def _either(
@@ -201,7 +207,9 @@ def _either(
     "One of several."
     some = all(piece.needs for piece in pieces)
     needs = (frozenset[str]().union(*(min(piece.needs, key=len) for piece in pieces)),) if some else ()
-    return _Piece(frozenset[str]().union(*(p.ones for p in pieces)), tuple(dict.fromkeys(m for p in pieces for m in p.many)), needs)
+    several = [piece for piece in pieces if piece.many]
+    first = frozenset[str]().union(*(piece.first or () for piece in several)) if all(piece.first for piece in several) else None
+    return _Piece(frozenset[str]().union(*(p.ones for p in pieces)), tuple(dict.fromkeys(m for p in pieces for m in p.many)), needs, first)
 
 # %% ../../nbs/61_safety.principles.ipynb #e8b2283b
 _SYMBOL = re.compile(r"\s*(\(|\)\??|\||!(?=[<(])|<\w+(?:\.\w+)?>\??|~\d(?:!\w+)?|@(?:start|end|number)\??|[\w'/]+\*?\??)")
