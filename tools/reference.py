@@ -136,8 +136,9 @@ def read_symbols(root: Path, module: str) -> list[Symbol]:
         return []
     code = file.read_text(encoding="utf-8")
     lines, found = code.splitlines(), top_level(ast.parse(code))
+    public = ast.literal_eval(found["__all__"].value) if "__all__" in found else []
     symbols = []
-    for name in sorted(ast.literal_eval(found["__all__"].value), key=lambda name: found[name].lineno):
+    for name in sorted(public, key=lambda name: found[name].lineno):
         node, where = found[name], f"{file.relative_to(root).as_posix()}#L{found[name].lineno}"
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             summary = (ast.get_docstring(node) or "").split("\n")[0]
@@ -209,10 +210,10 @@ def read_proofs(chapter: Chapter, trace: Trace, usual: dict[str, str], taken: se
                     allowed, found["dtype"], int(found["size"]), around - WITNESSES))
         for claim in trace.claims:
             if claim.certain and not claim.kept:
-                raise Unproven(f"{where} claims {claim.sentence.pattern!r}, but its output doesn't: run the notebook")
+                raise Unproven(f"{where} claims “{claim}”, and its output doesn't: run the notebook")
     for claim in trace.helpers:
         if not claim.kept:
-            raise Unproven(f"nbs/{chapter.file} has a function that claims {claim.sentence.pattern!r}, but no output does")
+            raise Unproven(f"nbs/{chapter.file} has a function that claims “{claim}”, and no output does")
     chapter.assertions, chapter.refusals = trace.assertions, trace.refusals
 
 
@@ -270,9 +271,9 @@ def parts(book: list[Chapter]) -> dict[str, list[Chapter]]:
     return {part: list(chapters) for part, chapters in itertools.groupby(book, lambda chapter: chapter.part)}
 
 
-def heading(chapter: Chapter, behind: str) -> str:
+def heading(chapter: Chapter) -> str:
     "A chapter's heading, which leads there."
-    return f"### [{chapter.title.replace('`', '')}]({chapter.file}) · {behind}"
+    return f"### [{chapter.title.replace('`', '')}]({chapter.file})"
 
 
 def number(count: int, one: str) -> str:
@@ -287,7 +288,8 @@ def proof_rows(chapter: Chapter) -> Iterable[tuple[str, ...]]:
             yield (f"*{plain(re.sub('[*`]', '', section))}*", "", "", "", "", "")
         for p in proofs:
             claim = f'<a id="{p.id}" href="{chapter.file}#{p.id}">{plain(p.claim)}</a>'
-            yield (claim, plain(p.by), p.difference, p.allowed, f"{p.size:,} {p.dtype}", plain(", ".join(sorted(p.touches, key=lambda name: (name.lower(), name)))))
+            touches = ", ".join(sorted(p.touches, key=lambda name: (name.lower(), name)))
+            yield (claim, plain(p.by), p.difference, p.allowed, f"{p.size:,} {p.dtype}", plain(touches))
 
 
 def symbol_rows(chapter: Chapter) -> Iterable[tuple[str, ...]]:
@@ -352,7 +354,7 @@ followed, nor what only a test in another file touches.
 <div id="filter"></div>"""
     cells, heads = [title, opening, reading], "claim | against | largest difference | allowed | compared | touches"
     for part, group in parts(book).items():
-        tables = [f"{heading(c, number(len(c.proofs), 'proof'))}\n\n{table(heads, (34, 18, 12, 9, 14, 22), proof_rows(c))}"
+        tables = [f"{heading(c)} · {number(len(c.proofs), 'proof')}\n\n{table(heads, (30, 17, 11, 9, 11, 28), proof_rows(c))}"
                   for c in group if c.proofs]
         cells += ["\n\n".join([f"## {part}", *tables])] if tables else []
     return [*cells, script("touches:attention")]
@@ -371,9 +373,9 @@ plain assertions and refused mistakes, matched in the same way. {proven:,} of th
 The others are mostly figures, types and constants, or are only reached through a name that has them.
 
 <div id="filter" class="names"></div>"""
-    cells, heads = [title, opening], "name | what it is | proofs | checks | line"
+    cells, heads = [title, opening], "what it is | proofs | checks | line"
     for part, group in parts(book).items():
-        tables = [f"{heading(c, f'mmie.{c.name}')}\n\n{table(heads, (40, 44, 8, 8, 7), symbol_rows(c))}"
+        tables = [f"{heading(c)}\n\n{table(f'mmie.{c.name} | {heads}', (40, 44, 8, 8, 7), symbol_rows(c))}"
                   for c in group if c.symbols]
         cells += ["\n\n".join([f"## {part}", *tables])] if tables else []
     return [*cells, script("softmax")]

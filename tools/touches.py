@@ -49,6 +49,9 @@ class Claim:
     certain: bool # made whenever its cell runs
     kept: int = 0 # lines that it printed
 
+    def __str__(self) -> str:
+        return re.sub(r"\\(.)", r"\1", self.sentence.pattern.replace(".*", "…"))
+
     @classmethod
     def of(cls, call: ast.Call, touches: Touched, certain: bool) -> "Claim":
         "Read a call."
@@ -151,11 +154,13 @@ class Trace:
 
     def define(self, s: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> None:
         "A function of the notebook's own touches what its body names; what it asserts may never run, and doesn't count."
-        hidden = {n.arg for n in ast.walk(s) if isinstance(n, ast.arg)}
-        inner = Trace(self.public, ())
-        inner.named = {name: its for name, its in self.named.items() if name not in hidden}
-        inner.made = {name: its for name, its in self.made.items() if name not in hidden}
-        inner.follow(s.body, certain=False)
-        self.helpers += inner.claims + inner.helpers
+        inside = list(ast.walk(s))
+        if any(called(n) == "prove" for n in inside):
+            hidden = {n.arg for n in inside if isinstance(n, ast.arg)}
+            inner = Trace(self.public, ())
+            inner.named = {name: its for name, its in self.named.items() if name not in hidden}
+            inner.made = {name: its for name, its in self.made.items() if name not in hidden}
+            inner.follow(s.body, certain=False)
+            self.helpers += inner.claims + inner.helpers
         if s.name not in self.public:
             self.named[s.name] = self.names(s, directly=True)
