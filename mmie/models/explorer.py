@@ -9,16 +9,14 @@ __all__ = ['SentenceMaps', 'decoder_maps', 'heads_figure', 'head_figure', 'HeadH
 # %% ../../nbs/38_models.explorer.ipynb #8858c499
 import base64
 import functools
-import html
 import importlib
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,13 +25,12 @@ from typing_extensions import Self
 from ..core import InputError, atomic_write
 from .decoder import DecoderLM
 from .encoder_decoder import Encoder, encoder_from_hf, maps_while, pad_sources
+from ..pages import LivePanel, live_bundle, live_control, live_face, live_form, live_page, page_templates
 from ..tokenization.base import BaseTokenizer
 from ..tokenization.explorer import legible
 
 # %% ../../nbs/38_models.explorer.ipynb #92881393
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from jinja2.environment import TemplateModule
     from matplotlib.figure import Figure
 
@@ -267,16 +264,7 @@ def _scene(
 @functools.cache
 def _template() -> "TemplateModule":
     "The macros that write HTML."
-    import jinja2
-    env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    env.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
-    return env.from_string(resources.files("mmie.models").joinpath("explorer.html.j2").read_text(encoding="utf-8")).module
-
-# %% ../../nbs/38_models.explorer.ipynb #5fc9a7fe
-class _Panel(Protocol):
-    "A widget, as far as it matters here."
-    def _repr_mimebundle_(self) -> dict[str, object] | None:
-        "How the browser finds it."
+    return page_templates().get_template("models/explorer.html.j2").module
 
 # %% ../../nbs/38_models.explorer.ipynb #9ddec018
 class _Looking:
@@ -320,40 +308,37 @@ class _Looking:
 # %% ../../nbs/38_models.explorer.ipynb #86963b63
 class AttentionExplorer(_Looking):
     "A sentence, the maps of all heads, and the one being looked at; a notebook shows it as a widget or as a static page."
+    invitation = "type a sentence of your own, and follow one of its words from head to head."
+
     def __init__(
         self,
         read: Callable[[str], SentenceMaps], # a model's maps of a text
         text: str, # to begin with
     ) -> None:
         super().__init__(read, text)
-        self.panel: _Panel | None = None # the live form
+        self.panel: LivePanel | None = None # the live form
 
     def html(self) -> str: # self-contained
         "The static twin: a piece of HTML that needs no server and no network."
-        return str(_template().twin(_scene(self.seen, self.layer, self.head, self.token))) # type: ignore[attr-defined]
+        twin = _template().twin(_scene(self.seen, self.layer, self.head, self.token)) # type: ignore[attr-defined]
+        return live_face(str(twin), self.invitation)
 
     def save(
         self,
         path: str | os.PathLike[str], # "heads.html"
     ) -> Path: # the file
         "Write the static twin as a page of its own."
-        atomic_write(path, str(_template().page(_scene(self.seen, self.layer, self.head, self.token)))) # type: ignore[attr-defined]
+        layers, heads = self.seen.maps.shape[:2]
+        atomic_write(path, live_page(f"Where tokens look: {layers} layers of {heads} heads", self.html()))
         return Path(path)
 
     def _repr_mimebundle_(self, **kwargs: object) -> dict[str, object]:
-        return {**((self.panel and self.panel._repr_mimebundle_()) or {}), "text/plain": repr(self), "text/html": self.html()}
+        return live_bundle(self.panel, repr(self), self.html())
 
     def __repr__(self) -> str:
         return f"AttentionExplorer({_said(self.seen, self.layer, self.head, self.token)})"
 
 # %% ../../nbs/38_models.explorer.ipynb #a5425503
-def _widgets() -> "ModuleType":
-    "The ipywidgets package. Raises `InputError` if it's not there."
-    try:
-        return importlib.import_module("ipywidgets")
-    except ImportError as error:
-        raise InputError("the live explorer needs ipywidgets", fix="pip install ipywidgets, or use AttentionExplorer") from error
-
 def _choices(
     explorer: AttentionExplorer, # what to choose from
 ) -> list[list[str]]: # layers, heads with their habits, tokens
@@ -366,38 +351,28 @@ def _choices(
 # %% ../../nbs/38_models.explorer.ipynb #45b2360f
 def _live(
     explorer: AttentionExplorer, # what to show and to set
-) -> _Panel:
+) -> LivePanel:
     "A line to type, three choices and the words, tied to an explorer."
-    w, busy = _widgets(), [False]
-    style = {"description_width": "5em"}
-    box = w.Text(value=explorer.text, description="Text", style=style, layout=w.Layout(width="auto"))
-    choices = [w.Dropdown(description=name, style=style, layout=w.Layout(width="24em")) for name in ("Layer", "Head", "Token")]
-    view = w.HTML()
+    box = live_control("Text", "Text", "A sentence to look at.")
+    hints = {"layer": "Of the model, from its entrance.", "head": "With what it does on average.", "token": "The one that looks."}
+    menus = {name: live_control("Dropdown", name.capitalize(), hint) for name, hint in hints.items()}
 
-    def show() -> None:
-        at = explorer.layer, explorer.head, explorer.token
-        busy[0] = True # what follows isn't the reader's choice
-        for choice, labels, now in zip(choices, _choices(explorer), at, strict=True):
-            choice.options, choice.value = [(label, n) for n, label in enumerate(labels)], now
-        busy[0] = False
-        view.value = str(_template().view(_scene(explorer.seen, *at))) # type: ignore[attr-defined]
+    def stand() -> dict[str, object]:
+        for menu, labels in zip(menus.values(), _choices(explorer), strict=True):
+            if menu.options != (options := tuple((label, n) for n, label in enumerate(labels, 1))):
+                menu.options = options
+        return {"text": explorer.text, "layer": explorer.layer + 1, "head": explorer.head + 1, "token": explorer.token + 1}
 
-    def chosen(change: Mapping[str, object]) -> None:
-        if not busy[0]:
-            explorer.look(*(choice.value + 1 for choice in choices))
+    def turn(name: str, value: Any) -> None:
+        if name == "text":
+            explorer.text = value
+        else:
+            explorer.look(**{"layer": explorer.layer + 1, "head": explorer.head + 1, "token": explorer.token + 1, name: value})
 
-    def typed(change: Mapping[str, str]) -> None:
-        try:
-            explorer.text = change["new"]
-        except InputError as error:
-            view.value = f'<p role="alert">{html.escape(str(error))}</p>'
+    def view() -> str:
+        return str(_template().view(_scene(explorer.seen, explorer.layer, explorer.head, explorer.token))) # type: ignore[attr-defined]
 
-    show()
-    explorer.listeners.append(show)
-    box.observe(typed, "value")
-    for choice in choices: choice.observe(chosen, "value")
-    panel: _Panel = w.VBox([box, *choices, view])
-    return panel
+    return live_form(explorer.listeners, {"text": box, **menus}, stand, turn, view, explorer.invitation)
 
 # %% ../../nbs/38_models.explorer.ipynb #c58812fd
 def explore_attention(

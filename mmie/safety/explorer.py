@@ -8,23 +8,16 @@ __all__ = ['RuleMark', 'rule_marks', 'marked_text', 'scores_html', 'ScoreExplore
 # %% ../../nbs/66_safety.explorer.ipynb #0a36d6cb
 import functools
 import html
-import importlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, replace
 
-import regex
 from markupsafe import Markup
 
 from ..core import InputError
-from ..pages import element, visible
+from ..pages import LivePanel, element, live_bundle, live_control, live_face, live_form, visible
 from .filters import SafetyFilter
-from .principles import PRINCIPLES, Evaluation, PrincipleName, RuleTable, evaluate_by_rules, find_personal_data, fold, rule_table
-
-# %% ../../nbs/66_safety.explorer.ipynb #6e45766b
-if TYPE_CHECKING:
-    from types import ModuleType
+from .principles import PRINCIPLES, Evaluation, PrincipleName, RuleTable, evaluate_by_rules, find_personal_data, rule_table, sightings
 
 # %% ../../nbs/66_safety.explorer.ipynb #7e1f7024
 @dataclass(frozen=True, slots=True)
@@ -39,49 +32,33 @@ class RuleMark:
 
 
 @functools.cache
-def _searching(
-    pattern: str, # of a rule
-) -> "regex.Pattern[str]":
-    "As the table says: whole words only."
-    return regex.compile(rf"(?<!\w)(?=\w)(?:{pattern})(?!\w)", regex.V1)
+def _without_homonyms() -> RuleTable: # made once
+    "The table, taking everything literally."
+    return replace(rule_table(), homonyms=())
 
 
-def _tables_without(
-    table: RuleTable, # complete
-) -> dict[str, RuleTable]: # name of what is missing → the rest
-    "The table without each excuse, and without homonyms."
-    tables = {"a homonym": RuleTable(table.rules, (), table.excuses)}
-    for name in table.excuses:
-        tables[name] = RuleTable(table.rules, table.homonyms, {k: v for k, v in table.excuses.items() if k != name})
-    return tables
-
-
-def _counted(
+def _seen(
     text: str, # any
     principle: PrincipleName, # whose rules
     table: RuleTable, # complete or not
-) -> set[tuple[int, int, str]]: # start, end, rule
-    "What an evaluation rests on."
-    return {(span.start, span.end, span.rule) for span in evaluate_by_rules(text, principle, table).spans}
+) -> dict[tuple[int, int, str], RuleMark]: # by place and rule; rules of context aren't among them
+    "What rules see in a text, excused or not."
+    sights = [sight for passage in sightings(text, principle, table) for sight in passage if not sight.rule.context]
+    return {(s.start, s.end, s.rule.id): RuleMark(s.start, s.end, s.rule.id, principle, s.rule.weight, s.excuse) for s in sights}
 
-# %% ../../nbs/66_safety.explorer.ipynb #79247862
+# %% ../../nbs/66_safety.explorer.ipynb #df761f43
 def rule_marks(
     text: str, # any
 ) -> list[RuleMark]: # in order
     "Everything that rules match in a text, with the excuse for what didn't count. Raises `InputError` for what isn't text."
     marks = [RuleMark(s.start, s.end, s.rule, "personal data", 1.0) for s in find_personal_data(text)]
-    table, (folded, places) = rule_table(), fold(text)
-    where = places or range(len(text))
+    weights = {rule.id: rule.weight for rule in rule_table().rules}
     for principle in PRINCIPLES:
-        rules = [rule for rule in table.rules if rule.principle == principle]
-        weights = {rule.id: rule.weight for rule in rules}
-        counted = _counted(text, principle, table)
-        seen = {(where[m.start()], where[m.end() - 1] + 1, rule.id) for rule in rules if not rule.context
-                for m in _searching(rule.pattern).finditer(folded)}
-        excused = dict.fromkeys(sorted(seen - counted), "several excuses at once")
-        for name, rest in reversed(_tables_without(table).items()) if excused else ():
-            excused |= dict.fromkeys(_counted(text, principle, rest) & excused.keys(), name)
-        marks += [RuleMark(*found, principle, weights[found[2]], excused.get(found, "")) for found in counted | excused.keys()]
+        seen, literally = _seen(text, principle, rule_table()), _seen(text, principle, _without_homonyms())
+        counted = {(s.start, s.end, s.rule) for s in evaluate_by_rules(text, principle).spans}
+        marks += [RuleMark(*found, principle, weights[found[2]]) for found in counted]
+        marks += [mark for found, mark in seen.items() if found not in counted]
+        marks += [replace(literally[found], excuse="a homonym") for found in literally.keys() - seen.keys() - counted]
     return sorted(marks, key=lambda mark: (mark.start, -mark.end, mark.rule))
 
 # %% ../../nbs/66_safety.explorer.ipynb #ace535f5
@@ -180,14 +157,10 @@ def scores_html(
         class_="mmie-scores", style="max-width:50em"))
 
 # %% ../../nbs/66_safety.explorer.ipynb #df2376f5
-class _Shown(Protocol):
-    "A widget, as far as it matters here."
-    def _repr_mimebundle_(self) -> dict[str, object] | None:
-        "How the browser finds it."
-
-
 class ScoreExplorer:
     "A text under the eyes of the rules; a notebook shows it as a widget or as a static page. Raises `InputError` for what isn't text."
+    invitation = "type another text, slowly, and watch which letter lights up a rule."
+
     def __init__(
         self,
         text: str, # to begin with
@@ -195,7 +168,7 @@ class ScoreExplorer:
     ) -> None:
         self.guard = guard or SafetyFilter()
         self.listeners: list[Callable[[], None]] = [] # called after each change
-        self.panel: _Shown | None = None # the widget, if there is one
+        self.panel: LivePanel | None = None # the widget, if there is one
         self.text = text
 
     @property
@@ -208,7 +181,7 @@ class ScoreExplorer:
         self,
         text: str, # the new one
     ) -> None:
-        self._html = scores_html(text, self.guard) # first: what isn't text changes nothing
+        self._picture = scores_html(text, self.guard) # first: what isn't text changes nothing
         self._text = text
         for listener in self.listeners:
             listener()
@@ -217,43 +190,32 @@ class ScoreExplorer:
         "The bars' lengths."
         return {principle: evaluate_by_rules(self._text, principle).score for principle in PRINCIPLES}
 
+    def picture(self) -> str: # HTML without a frame
+        "Scores, marked text and legend."
+        return self._picture
+
     def html(self) -> str: # self-contained, without any script
         "The static face."
-        return self._html
+        return live_face(self._picture, self.invitation)
 
     def _repr_mimebundle_(self, **kwargs: object) -> dict[str, object]:
-        return {**((self.panel and self.panel._repr_mimebundle_()) or {}), "text/plain": repr(self), "text/html": self.html()}
+        return live_bundle(self.panel, repr(self), self.html())
 
     def __repr__(self) -> str:
         return f"ScoreExplorer({self._text[:60]!r}, {', '.join(f'{p} {s:.2f}' for p, s in self.scores().items())})"
 
 # %% ../../nbs/66_safety.explorer.ipynb #50745b10
-def _scores_library() -> "ModuleType":
-    "The ipywidgets package. Raises `InputError` if it's not there."
-    try:
-        return importlib.import_module("ipywidgets")
-    except ImportError as error:
-        raise InputError("the live explorer needs ipywidgets", fix="pip install 'mmie[lab]', or use ScoreExplorer") from error
-
-
 def explore_scores(
     text: str = "How do I kill a process? And how do I kill a person?", # to begin with
     guard: SafetyFilter | None = None, # whose decision to show; None: the default filter
 ) -> ScoreExplorer: # the last thing in a cell shows itself
     "Type, and see what the rules see. Raises `InputError` without ipywidgets."
-    w = _scores_library()
     explorer = ScoreExplorer(text, guard)
-    box = w.Textarea(value=text, description="Text", rows=3, continuous_update=True, layout=w.Layout(width="auto"))
-    view = w.HTML(explorer.html())
+    box = live_control("Textarea", "Text", "What the rules are to look at.", rows=3, continuous_update=True)
 
-    def show() -> None:
-        box.value, view.value = explorer.text, explorer.html()
+    def turn(knob: str, text: str) -> None:
+        explorer.text = text
 
-    def typed(change: Mapping[str, str]) -> None:
-        if change["new"] != explorer.text: # else it is the echo of our own hand
-            explorer.text = change["new"]
-
-    explorer.listeners.append(show)
-    box.observe(typed, "value")
-    explorer.panel = w.VBox([box, view])
+    explorer.panel = live_form(explorer.listeners, {"text": box}, lambda: {"text": explorer.text}, turn,
+                               explorer.picture, explorer.invitation)
     return explorer
