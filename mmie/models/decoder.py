@@ -9,6 +9,7 @@ __all__ = ['AttentionKind', 'PRESETS', 'IGNORE', 'AttentionConfig', 'ModelConfig
            'save_decoder', 'model_folder', 'load_decoder']
 
 # %% ../../nbs/32_models.decoder.ipynb #90a424df
+import contextlib
 import importlib
 import json
 from collections.abc import Callable, Sequence
@@ -814,10 +815,8 @@ def _read_config(path: Path) -> ModelConfig:
         raise InputError(f"not JSON ({error})", where=str(path), fix="the file is damaged: copy the folder again") from error
     ours = isinstance(record, dict) and record.get("mmie") == "decoder" and isinstance(record.get("model"), dict)
     if not ours:
-        theirs = isinstance(record, dict) and "model_type" in record
-        whose = "a Hugging Face model" if theirs else "something else"
-        fix = "use DecoderLM.from_hf" if theirs else "name a folder that DecoderLM.save wrote"
-        raise InputError(f"this config belongs to {whose}", where=str(path), fix=fix)
+        fix = "name a folder that DecoderLM.save wrote, or one from the Hugging Face hub"
+        raise InputError("this config belongs to something else", where=str(path), fix=fix)
     if record.get("version") != 1:
         raise InputError(f"unknown format version {record.get('version')}", where=str(path), fix="it's from a newer mmie: update")
     fields = dict(record["model"])
@@ -842,12 +841,24 @@ def model_folder(
     shipped = Path(str(resources.files("mmie"))) / "shipped" / name
     return shipped if len(Path(name).parts) == 1 and shipped.is_dir() and not Path(name).exists() else Path(name)
 
+# %% ../../nbs/32_models.decoder.ipynb #39f54dc8
+def _of_the_hub(
+    path: Path, # of a config.json
+) -> bool: # not, if it can't be read
+    "Whether a config speaks Hugging Face's language."
+    with contextlib.suppress(OSError, ValueError):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return isinstance(record, dict) and "model_type" in record and "mmie" not in record
+    return False
+
 def load_decoder(
-    folder: str | Path, # written by `save_decoder`, or the name of a model that comes with mmie, such as "mmie-tiny-base"
+    folder: str | Path, # written by `save_decoder` or from the hub, or the name of a model that comes with mmie, such as "mmie-tiny-base"
     device: str | torch.device = "cpu", # where to put it
 ) -> DecoderLM: # in the precision it was saved in
     "Read a decoder. Raises `InputError` if the folder holds something else, or something damaged."
     home = model_folder(folder)
+    if _of_the_hub(home / "config.json"):
+        return cast(DecoderLM, importlib.import_module(_PRETRAINED).load_hf(home, device=device))
     config, tensors = _read_config(home / "config.json"), _read_tensors(home / "model.safetensors")
     with torch.device("meta"):
         model = DecoderLM(config)
