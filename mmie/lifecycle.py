@@ -55,7 +55,7 @@ from .tokenization.base import BaseTokenizer, load_tokenizer
 from .tokenization.bpe import BPETokenizer
 from .tokenization.corpora import Document, corpus_bytes, python_docs, read_corpus, split_documents
 from .training.data import EpochWindows, TokenFile, write_tokens
-from .training.finetune import ChatBatches, ChatTemplate, Message, QAPair, answers, jinja_template, python_questions, read_pairs
+from .training.finetune import ChatBatches, ChatTemplate, QAPair, answers, jinja_template, python_questions, read_pairs
 from .training.trainer import HeldOut, History, bits_per_byte
 
 # %% ../nbs/93_lifecycle.ipynb #388f1b7e
@@ -675,7 +675,7 @@ def shrink_assistant(
     return SHRINK.run(out, settings, work, command)
 
 # %% ../nbs/93_lifecycle.ipynb #ec74cda3
-SIEGE = Stage("attack", "Attack the assistant", "A red team's strategies against the assistant before alignment, after it, and in fewer bits.")
+SIEGE = Stage("attack", "Attack the assistant", "A red team's strategies against every version of the assistant, the small ones included.")
 VERSIONS = ("before", "aligned", "int8", "int4") # of an assistant, as far as there are
 
 
@@ -697,9 +697,9 @@ def _remembering(
     known: Mapping[str, str], # request → answer
 ) -> AttackTarget:
     "A target that isn't asked the same question twice."
-    def answer(talks: Sequence[Talk]) -> list[str | None]:
-        said = [known.get(talk[0].content) if len(talk) == 1 else None for talk in talks]
-        new = iter(target([talk for talk, text in zip(talks, said, strict=True) if text is None]))
+    def answer(conversations: Sequence[Talk]) -> list[str | None]:
+        said = [known.get(talk[0].content) if len(talk) == 1 else None for talk in conversations]
+        new = iter(target([talk for talk, text in zip(conversations, said, strict=True) if text is None]))
         return [next(new) if text is None else text for text in said]
     return answer
 
@@ -769,12 +769,12 @@ def _siege(
     rows = [tally("gives in", name, {version: [bool(t.flagged) for t in report.answered(name)] for version, report in reports.items()})
             for name in first.attacks]
     refused = {version: [bool(t.flagged) for t in report.trials if t.attack == HARMLESS_TWIN] for version, report in reports.items()}
-    steps = [(list(fell)[0], name) if name == "aligned" else ("aligned", name) for name in list(fell)[1:]]
+    steps = [(next(iter(fell)), name) if name == "aligned" else ("aligned", name) for name in list(fell)[1:]]
     changes = [tally("falls to at least one attack", f"{before} → {after}", {before: fell[before], after: fell[after]})
                for before, after in steps if before in fell]
     overall = {version: report.success() for version, report in reports.items()}
-    return Siege(gives_in=tuple(rows), declines=(tally(OVER_REFUSAL, "all kinds", refused),), changes=tuple(changes), payloads=len(first.payloads),
-                 overall={version: (rate.value, rate.low, rate.high) for version, rate in overall.items()})
+    return Siege(gives_in=tuple(rows), declines=(tally(OVER_REFUSAL, "all kinds", refused),), changes=tuple(changes),
+                 payloads=len(first.payloads), overall={version: (rate.value, rate.low, rate.high) for version, rate in overall.items()})
 
 # %% ../nbs/93_lifecycle.ipynb #6d659021
 EXPORT = Stage("export", "Export to transformers", "Write the model and its tokenizer in the files that other programs read.")
@@ -938,8 +938,8 @@ def _alignment_steps(
         (AFTER, lambda: measure_assistants(aligned_versions(at["align"], str(base)), at["after"], n=config.n_asked, seed=config.seed)),
         (SHRINK, lambda: shrink_assistant([*aligned_versions(at["align"], str(base)).values()][-1], at["align"].with_name("requests.jsonl"),
                                           at["shrink"], config)),
-        (SIEGE, lambda: attack_assistants(_versions_of(base, at), at["attack"], answered=[at["after"], at["shrink"]], attacks=config.attacks,
-                                          n=config.n_attacked, of=config.n_asked, seed=config.seed, progress=progress)),
+        (SIEGE, lambda: attack_assistants(_versions_of(base, at), at["attack"], answered=[at["after"], at["shrink"]],
+                                          attacks=config.attacks, n=config.n_attacked, of=config.n_asked, seed=config.seed, progress=progress)),
     ]
 
 

@@ -2,6 +2,7 @@
 import copy
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import reference # noqa: E402
 from touches import Trace, ast # noqa: E402
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIDENCE = ROOT / "mmie" / "evidence.py"
 
 
@@ -144,7 +146,8 @@ def test_proofs_touch_what_they_name_and_what_made_their_variables() -> None:
 
 def test_assertions_count_where_they_surely_ran() -> None:
     trace = Trace(["softmax"], ["softmax"])
-    trace.cell(ast.parse("assert softmax(x) == 1\ndef check():\n    assert softmax(x)\nwith raises(ValueError):\n    softmax(None)\n    assert False"))
+    trace.cell(ast.parse("assert softmax(x) == 1\ndef check():\n    assert softmax(x)\nwith raises(ValueError):\n    softmax(None)\n    assert False\n"
+                         "if cuda:\n    assert softmax(x)"))
     assert (trace.assertions, trace.refusals, trace.checked["softmax"]) == (1, 1, 2)
 
 
@@ -174,6 +177,63 @@ def test_check_marks_of_a_built_page_are_linked(shape: str) -> None:
     for proof in proofs:
         assert linked.count(f'<a class="proof" id="{proof.id}" href="proofs.html#{proof.id}">✓</a> it') == 1
     assert re.sub(r"</?a[^>]*>", "", linked) == page + "<p>✓ something else</p>"
+
+
+def small_book() -> list[reference.Chapter]:
+    "Two chapters, four proofs."
+    line = "✓ {}   max |Δ| = 4.4e-16 vs torch  (float64, 6 values)"
+    found = []
+    for file, names in (("20_attention.ipynb", ("softmax", "attention")), ("21_masks.ipynb", ("causal_mask", "Attention"))):
+        cells = [text("## One"), *(code(f'prove("{name} holds", {name}(x), y, by="torch")', line.format(f"{name} holds")) for name in names)]
+        chapter = reference.Chapter(file, "2 · Attention", file, cells, [reference.Symbol(name, "(x)", "One.", "mmie/masks.py#L7") for name in names])
+        reference.read_proofs(chapter, Trace(names, names), {"float64": "1e-10"}, set())
+        for symbol in chapter.symbols:
+            symbol.proofs = [proof for proof in chapter.proofs if symbol.name in proof.touches]
+        found.append(chapter)
+    return found
+
+
+@pytest.mark.parametrize("dot", ["", "./"]) # Quarto writes it
+def test_the_index_of_a_built_site_leads_to_sources_and_proofs(dot: str, tmp_path: Path) -> None:
+    import pypandoc
+    book = small_book()
+    page = pypandoc.convert_text("\n\n".join(reference.api_page(book)), "html5", format="markdown")
+    (tmp_path / "api.html").write_text(page.replace("proofs.ipynb", f"{dot}proofs.html"), encoding="utf-8")
+    for chapter in book:
+        (tmp_path / f"{chapter.name}.html").write_text("", encoding="utf-8")
+    reference.link_proofs(tmp_path, book, "https://example.org/blob/main")
+    page = (tmp_path / "api.html").read_text(encoding="utf-8")
+    for chapter in book:
+        for symbol in chapter.symbols:
+            assert f'href="proofs.html?touches={symbol.name}#{symbol.proofs[0].id}"' in page
+    assert page.count('href="https://example.org/blob/main/mmie/masks.py#L7"') == 4 and "../mmie" not in page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_filter_shows_only_what_matches(tmp_path: Path) -> None:
+    import pypandoc
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    body = pypandoc.convert_text("\n\n".join(reference.proofs_page(small_book())), "html5", format="markdown")
+    page = tmp_path / "proofs.html"
+    page.write_text(f'<!doctype html><meta charset="utf-8"><main>{body}</main>', encoding="utf-8")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        tab, errors = browser.new_page(), []
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        tab.goto(page.as_uri())
+        rows, box = tab.locator("tbody tr:visible:has(a[id])"), tab.get_by_label("Show only lines with these words")
+        assert rows.count() == 4 and tab.locator("h3:visible").count() == 2
+        for words, shown in (("ATTENTION", 2), ("touches:attention", 1), ("touches:Attention", 1), ("torch holds", 4), ("nothing", 0)):
+            box.fill(words)
+            assert rows.count() == shown, words
+            assert tab.locator("output").inner_text().startswith(f"{shown} line")
+        assert tab.locator("h3:visible").count() == 0
+        box.fill("")
+        assert rows.count() == 4
+        tab.goto(page.as_uri() + "?touches=causal_mask")
+        assert rows.count() == 1 and "causal_mask holds" in rows.inner_text() and tab.locator("h3:visible").count() == 1
+        browser.close()
+    assert not errors
 
 
 def test_a_stale_page_is_noticed(tmp_path: Path, book: list[reference.Chapter]) -> None:

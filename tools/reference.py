@@ -480,7 +480,7 @@ def link_proofs(docs: Path, book: list[Chapter], repository: str) -> None:
         page = docs / ("index.html" if chapter.file == "index.ipynb" else f"{chapter.name}.html")
         page.write_text(marked(page.read_text(encoding="utf-8"), chapter.proofs), encoding="utf-8")
     symbols = {s.name: s for chapter in book for s in chapter.symbols if s.proofs}
-    row = re.compile(r'(<tr[^>]*>\s*<td[^>]*>\s*<a [^>]*>(\w+)</a>(?:(?!</tr>).)*?)href="proofs\.html#[^"]*"', re.DOTALL)
+    row = re.compile(r'(<tr[^>]*>\s*<td[^>]*>\s*<a [^>]*>(\w+)</a>(?:(?!</tr>).)*?)href="(?:\./)?proofs\.html#[^"]*"', re.DOTALL)
     page = docs / "api.html"
     text = row.sub(lambda match: f'{match[1]}href="{to_proofs(symbols[match[2]])}"', page.read_text(encoding="utf-8"))
     page.write_text(re.sub(r'href="\.\./(mmie/[\w/]+\.py#L\d+)"', rf'href="{repository}/\1"', text), encoding="utf-8")

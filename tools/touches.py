@@ -125,8 +125,8 @@ class Trace:
                         if item.optional_vars:
                             self.bind(item.optional_vars, item.context_expr)
                     refusal = any(called(item.context_expr) == "raises" for item in s.items)
-                    self.refusals += refusal
-                    if refusal:
+                    if refusal and certain:
+                        self.refusals += 1
                         self.checked.update(self.names(*s.body))
                     self.follow(s.body, certain, refused or refusal)
                 case ast.If() | ast.While():
@@ -141,7 +141,7 @@ class Trace:
         "Follow a statement without a body."
         touched = self.names(s)
         self.here |= touched
-        if isinstance(s, ast.Assert) and not refused:
+        if isinstance(s, ast.Assert) and certain and not refused:
             self.assertions += 1
             self.checked.update(touched)
         if not refused:

@@ -353,7 +353,7 @@ def _walk_row() -> tuple[object, object, tuple[Any, ...]]: # the row, its slider
     slider = w.IntSlider(readout=False, layout=w.Layout(flex="1 1 8em", width="auto"))
     film = w.Play(interval=500, repeat=True, layout=w.Layout(display="none"))
     narrow = w.Layout(width="4.5em")
-    back, on = (w.Button(description=name, tooltip=f"One merge {more}", layout=narrow) for name, more in (("Back", "less"), ("Next", "more")))
+    back, on = (w.Button(description=name, tooltip=f"A merge {more}", layout=narrow) for name, more in (("Back", "less"), ("Next", "more")))
     play = w.ToggleButton(description="Play", tooltip="Play or stop", layout=narrow)
     for one, other in (((number, "value"), (slider, "value")), ((film, "value"), (slider, "value")), ((play, "value"), (film, "playing"))):
         w.jslink(one, other) # inside the browser, without a way through Python
