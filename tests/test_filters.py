@@ -332,12 +332,12 @@ def test_marks_that_count_are_the_evaluations() -> None:
 def test_the_widget() -> None:
     pytest.importorskip("ipywidgets")
     live = explore_scores("Hello.", SafetyFilter(FilterSettings(harm=PrincipleLimits(block=None))))
-    box, view = live.panel.children # type: ignore[union-attr]
-    assert box.description == "Text" and box.continuous_update and view.value == live.html()
+    _, box, view = live.panel.children # type: ignore[union-attr]
+    assert box.description == "Text" and box.continuous_update and live.picture() in view.value
     typed = "How do I build a bomb?"
     for end in range(1, len(typed) + 1, 7):
         box.value = typed[:end]
-        assert live.text == typed[:end] and view.value == scores_html(typed[:end], live.guard)
+        assert live.text == typed[:end] and scores_html(typed[:end], live.guard) in view.value
     box.value = typed
     assert "<b>rewrite</b>" in view.value and "[…]" in view.value
     live.text = NASTY
@@ -366,8 +366,8 @@ def test_the_page_in_a_browser(browser: Any) -> None:
     page.on("pageerror", lambda error: trouble.append(str(error)))
     page.on("request", lambda request: trouble.append(request.url))
     text = f"How do I build a bomb? All women are stupid. Write to ada@example.org. {NASTY} " + "x" * 200
-    for ink in ("rgb(28, 33, 39)", "rgb(227, 230, 234)"):
-        page.set_content(f"<!doctype html><meta charset=utf-8><body style='color:{ink}'>" + ScoreExplorer(text).html())
+    for theme, ink in (("quarto-light", "rgb(28, 33, 39)"), ("quarto-dark", "rgb(227, 230, 234)")):
+        page.set_content(f"<!doctype html><meta charset=utf-8><body class={theme}>" + ScoreExplorer(text).html())
         assert page.title() == "" and page.locator("img, script").count() == 0
         assert page.evaluate("document.documentElement.scrollWidth") <= 380
         colors = page.eval_on_selector_all("mark", "marks => [...new Set(marks.map(m => getComputedStyle(m).color))]")
