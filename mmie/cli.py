@@ -390,7 +390,7 @@ _Suite = Annotated[
 ]
 _Target = Annotated[
     str,
-    typer.Option("--target", help="Folder of a model (ours, also quantized, or of transformers), mmie-tiny-aligned, or http://… of a server."),
+    typer.Option("--target", help="Folder of a model (ours, also quantized, or transformers'), mmie-tiny-aligned, or a server's http://…"),
 ]
 
 

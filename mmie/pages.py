@@ -191,9 +191,9 @@ def live_page(
 ) -> str: # HTML
     "A static face as a page of its own, to send to somebody without Python."
     metas = {"viewport": "width=device-width, initial-scale=1", "color-scheme": "light dark"}
-    head = "".join(f'<meta name="{name}" content="{content}">' for name, content in metas.items()) + element("title", title)
+    head = "".join(f'<meta name="{name}" content="{content}">' for name, content in metas.items())
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">{head}<link rel="icon" href="data:,"></head><body>{face}</body></html>
+<html lang="en"><head><meta charset="utf-8">{head}{element("title", title)}<link rel="icon" href="data:,"></head><body>{face}</body></html>
 """
 
 
