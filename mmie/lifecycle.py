@@ -939,7 +939,8 @@ def _alignment_steps(
         (SHRINK, lambda: shrink_assistant([*aligned_versions(at["align"], str(base)).values()][-1], at["align"].with_name("requests.jsonl"),
                                           at["shrink"], config)),
         (SIEGE, lambda: attack_assistants(_versions_of(base, at), at["attack"], answered=[at["after"], at["shrink"]],
-                                          attacks=config.attacks, n=config.n_attacked, of=config.n_asked, seed=config.seed, progress=progress)),
+                                          attacks=config.attacks, n=config.n_attacked, of=config.n_asked, seed=config.seed,
+                                          progress=progress)),
     ]
 
 

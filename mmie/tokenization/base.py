@@ -29,7 +29,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 
@@ -562,10 +562,12 @@ def _class_of(
     return _Stored.kinds[kind]
 
 def load_tokenizer(
-    folder: str | os.PathLike[str], # that was given to `save`, or the file in it
+    folder: str | os.PathLike[str], # that was given to `save`, or the file in it; or a folder from the Hugging Face hub
 ) -> BaseTokenizer: # of the class that was saved
     "Read a tokenizer of any kind. Raises `InputError` if the file is missing, damaged, foreign or newer than this library."
     path = Path(folder) / FILE_NAME if Path(folder).is_dir() else Path(folder)
+    if not path.exists() and (Path(folder) / "tokenizer.json").exists(): # one from the hub
+        return cast(BaseTokenizer, importlib.import_module("mmie.tokenization.interchange").from_hf(folder))
     data = _stored(path)
     made_by, settings = _class_of(data.get("kind"), str(path)), data.get("settings")
     if not isinstance(settings, dict) or _digest(made_by.kind, settings) != data.get("sha256"):
