@@ -174,10 +174,10 @@ def test_it_fits_a_phone_and_follows_the_theme(bpe: BPETokenizer, scheme: str, v
         assert page.evaluate("document.documentElement.scrollWidth") <= 380
         page.get_by_role("slider").focus()
         page.keyboard.press("Home")
-    red = int(page.evaluate("getComputedStyle(document.querySelector('.mmie-tokens')).backgroundColor").split("(")[1].split(",")[0])
+    red = int(page.evaluate("getComputedStyle(document.querySelector('.mmie-live')).backgroundColor").split("(")[1].split(",")[0])
     assert red > 200 if scheme == "light" else red < 60
     page.evaluate("scheme => document.body.classList.add(scheme === 'light' ? 'quarto-dark' : 'quarto-light')", scheme)
-    switched = int(page.evaluate("getComputedStyle(document.querySelector('.mmie-tokens')).backgroundColor").split("(")[1].split(",")[0])
+    switched = int(page.evaluate("getComputedStyle(document.querySelector('.mmie-live')).backgroundColor").split("(")[1].split(",")[0])
     assert (switched > 128) != (red > 128), "Quarto's own switch is stronger than the system's"
 
 
