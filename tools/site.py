@@ -198,8 +198,9 @@ def build_without_quarto() -> None:
     parts = [(part, list(group)) for part, group in groupby(pages, key=lambda page: page.part)]
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(TOOLS), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     for (before, page), (_, after) in zip(pairwise([None, *pages]), pairwise([*pages, None]), strict=True):
-        text = templates.get_template("page.html.j2").render(page=page, parts=parts, before=before, after=after, config=config,
-                                                                 home=config.doc_host + config.doc_baseurl, body=relink(page.body, pages))
+        text = templates.get_template("page.html.j2").render(
+            page=page, parts=parts, before=before, after=after, config=config, home=config.doc_host + config.doc_baseurl,
+            lead=re.sub("`(.+?)`", r"<code>\1</code>", html.escape(page.description)), body=relink(page.body, pages))
         (DOCS / page.target).write_text(text, encoding="utf-8")
     for asset in ASSETS:
         shutil.copy(TOOLS / asset, DOCS)
