@@ -384,7 +384,7 @@ def _asides(
     "Requests that belong to no payload, in the form of one."
     return [Payload(f"{BORDERLINE}-{number}", BORDERLINE, "", text, text, text) for number, text in enumerate(requests, 1)]
 
-
+# %% ../../nbs/65_safety.red_team.ipynb #e22f1cb6
 def run_campaign(
     target: AttackTarget, # answers conversations
     attacks: Sequence[Attack], # each is tried on each payload
@@ -582,8 +582,8 @@ def campaign_page(
     "The whole report as a page: rates, picture, and the first success of each attack."
     from mmie.figures import figure_html
     def lines(field: str, names: Sequence[str]) -> list[tuple[str, int, int, Estimate]]:
-        tried = [(name, report.answered(**{field: name}), report.success(**{field: name})) for name in names if report.answered(**{field: name})]
-        return [(name, len(mine), sum(bool(trial.flagged) for trial in mine), rate) for name, mine, rate in tried]
+        tried = [(name, mine) for name in names if (mine := report.answered(**{field: name}))]
+        return [(name, len(mine), sum(bool(trial.flagged) for trial in mine), report.success(**{field: name})) for name, mine in tried]
     examples = [next((t for t in report.answered(name) if t.flagged), None) for name in report.attacks]
     picture = Markup(figure_html(campaign_figure(report), "Share of flagged trials by attack and category, and each attack's success rate"))
     return page_templates().get_template("safety/red_team.html.j2").render(
