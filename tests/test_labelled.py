@@ -249,3 +249,25 @@ def test_the_trained_encoder_beats_chance_on_the_other_half() -> None:
     report = measure_evaluations(items, judge.evaluate([item.text for item in items]), draws=200)
     assert report.auroc.low > 0.7
     assert 0 < judge("한국어 " * 300 + "각" * 600 + "漢" * 600).score < 1 # longer than the encoder's 512 tokens
+
+
+# ---- a model as a judge
+
+def test_one_text_or_many_one_batch_or_several_ours_or_theirs() -> None:
+    pytest.importorskip("transformers")
+    from mmie.models.decoder import DecoderLM, ModelConfig
+    from mmie.models.pretrained import HFCausalLM
+    from mmie.safety.principles import Judge
+    from mmie.tokenization.bpe import BPETokenizer
+    from mmie.training.finetune import ChatTemplate
+    torch.manual_seed(1)
+    texts = [item.text for item in of("dev", "fairness")[:3]] + ["", "long " * 40]
+    words = BPETokenizer.train(texts, 300, special_tokens=ChatTemplate().special_tokens)
+    model = DecoderLM(ModelConfig(vocab_size=300, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, max_length=1024)).eval()
+    scores = []
+    for reader in (model, HFCausalLM(model.to_hf())):
+        for batch in (2, 64):
+            judge = Judge(reader, words, least=0, batch_size=batch)
+            scores.append([e.score for e in judge.evaluate(texts, "fairness")])
+        scores.append([judge.evaluate([text], "fairness")[0].score for text in texts])
+    assert all(np.allclose(scores[0], other, atol=1e-5) for other in scores) and scores[0][3] == 0

