@@ -81,6 +81,14 @@ def test_every_chapter_has_exercises_with_folded_answers(path: Path) -> None:
     assert 1 <= exercises.count("<details>") == exercises.count("</details>")
 
 
+def test_exercises_name_checks_that_exist() -> None:
+    for path in sorted(NBS.glob("[0-9][0-9]_*.ipynb")):
+        for line in re.findall(r"^\*To check\*: (.+)$", markdown(path.name), re.MULTILINE):
+            code = "\n".join(source for kind, source in cells(path.name) if kind == "code").casefold()
+            for claim in re.findall(r"“([^”]+)”", line):
+                assert claim.strip("… ").casefold() in code, f"{path.name}: {claim}"
+
+
 def test_the_guide_at_the_root_points_to_the_page() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)]+)\)", text):

@@ -122,7 +122,7 @@ def _noun_forms(
 _TOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[.!?]+(?=[\s\"')\]]|\Z)|[\n:,;()]|(?<=\s)-+(?=\s)")
 _SIGNS = dict(zip(".!?\n:;,()-", "....:,,,,,", strict=True))
 _UNKNOWN, _NUMBER = "_", "#"
-_SHORT = frozenset("it's that's what's who's he's she's there's let's where's how's here's".split()) # the other 's are possessives
+_SHORT = {"it's", "that's", "what's", "who's", "he's", "she's", "there's", "let's", "where's", "how's", "here's"} # the other 's are possessives
 
 
 class _Alphabet(dict[str, str]):
@@ -214,14 +214,16 @@ def _either(
 # %% ../../nbs/61_safety.principles.ipynb #e8b2283b
 _SYMBOL = re.compile(r"\s*(\(|\)\??|\||!(?=[<(])|<\w+(?:\.\w+)?>\??|~\d(?:!\w+)?|@(?:start|end|number)\??|[\w'/]+\*?\??)")
 _STARRED = re.compile(r"\(([^()<>]*)\)\*") # a star behind a bracket is for the first word of each alternative
-_OPENERS = "please just now then first next finally so okay simply also hey secretly quietly well go ahead always ok right and".split()
+_OPENERS = ("please", "just", "now", "then", "first", "next", "finally", "so", "okay", "simply", "also", "hey", "secretly", "quietly", "well",
+            "go", "ahead", "always", "ok", "right", "and")
 
 
 def _symbols(
     pattern: str, # of the table's little language
 ) -> list[str]: # words, signs and brackets. Raises `InputError` for anything else
     "Cut a pattern into its symbols."
-    pattern = _STARRED.sub(lambda m: "(" + "|".join(re.sub(r"^\s*(\S+)", r"\1*", a) for a in m[1].split("|")) + ")", pattern.replace("-", " "))
+    starred = functools.partial(re.sub, r"^\s*(\S+)", r"\1*")
+    pattern = _STARRED.sub(lambda m: f"({'|'.join(map(starred, m[1].split('|')))})", pattern.replace("-", " "))
     found, at = list[str](), 0
     while pattern[at:].strip():
         match = _SYMBOL.match(pattern, at)
@@ -341,6 +343,8 @@ class RuleLanguage:
     ) -> None:
         self.words, self.alphabet = words, _Alphabet()
         self._lists, self._matchers = dict[str, _Piece](), dict[str, _Matcher]()
+        for name in words: # so that all their words have letters
+            self.list_of(name)
 
     def matcher(
         self,
@@ -441,7 +445,8 @@ class RuleTable:
     language: RuleLanguage = field(default_factory=rule_language) # in which they're written
 
     def __post_init__(self) -> None:
-        for pattern in (*(e.pattern for e in (*self.rules, *self.homonyms)), *(p for e in self.excuses.values() for p in (e.before, e.after))):
+        patterns = [rule.pattern for rule in self.rules] + [homonym.pattern for homonym in self.homonyms]
+        for pattern in patterns + [side for excuse in self.excuses.values() for side in (excuse.before, excuse.after)]:
             self.language.matcher(pattern)
 
     @classmethod
@@ -453,7 +458,8 @@ class RuleTable:
         rows = _rows(path)
         language = RuleLanguage(rows["words"]) if path else rule_language()
         excuses = {name: Excuse(**_typed(row)) for name, row in rows["excuses"].items()}
-        return cls(tuple(Rule(**_typed(r)) for r in rows["rules"]), tuple(Homonym(**_typed(h)) for h in rows["homonyms"]), excuses, language)
+        homonyms = tuple(Homonym(**_typed(row)) for row in rows["homonyms"])
+        return cls(tuple(Rule(**_typed(row)) for row in rows["rules"]), homonyms, excuses, language)
 
 
 @functools.cache
@@ -555,8 +561,8 @@ def _look(
     letters = _blanked(letters, present, table)
     found = [(*m.span(), rule) for rule, matcher in rules for m in matcher.expression.finditer(letters) if m[0]]
     cancelled = {name for *_, rule in found for name in rule.cancels}
-    return [Sighting(start, end, rule, _excused(letters, start, end, [name for name in table.excuses if name not in cancelled | {*rule.ignores}], table))
-            for start, end, rule in found]
+    allowed = {rule.id: [name for name in table.excuses if name not in cancelled.union(rule.ignores)] for rule, _ in rules}
+    return [Sighting(start, end, rule, _excused(letters, start, end, allowed[rule.id], table)) for start, end, rule in found]
 
 # %% ../../nbs/61_safety.principles.ipynb #53024a3b
 _PASSAGE = 2000 # characters that are read together
