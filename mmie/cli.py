@@ -373,15 +373,19 @@ def _attack(
         list[str], typer.Option(help="Folder of an assistant of the small world, or mmie-tiny-base. Up to four versions of one."),
     ], # whom to attack
     out: _Out, # where the result goes
+    strategy: Annotated[
+        list[str], typer.Option(help="Only this one, such as direct; ten of them when left out. Repeat for more."),
+    ] = [], # names # noqa: B006
     n: Annotated[int, typer.Option("--requests", min=1, help="Requests of each harmful category.")] = 2, # of each
     of: Annotated[int, typer.Option("--of", min=1, help="Chosen from those that `mmie assess` asks with this number.")] = 12, # of each
     seed: _Seed = None, # of the world, and of the draw
 ) -> None:
     "Attack versions of an assistant of the small world with the same requests, with exact truth about what they give away."
-    from mmie.lifecycle import VERSIONS, attack_assistants
+    from mmie.lifecycle import SIEGE_ATTACKS, VERSIONS, attack_assistants
     if len(model) > len(VERSIONS):
         raise InputError(f"{len(model)} versions are too many", where="--model", fix=f"give up to {len(VERSIONS)}")
-    _tell(attack_assistants(dict(zip(VERSIONS, model, strict=False)), out, n=n, of=of, seed=seed or 0, progress=True))
+    _tell(attack_assistants(dict(zip(VERSIONS, model, strict=False)), out, attacks=strategy or SIEGE_ATTACKS, n=n, of=of, seed=seed or 0,
+                            progress=True))
 
 # %% ../nbs/94_cli.ipynb #f8c6683b
 _Suite = Annotated[

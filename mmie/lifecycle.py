@@ -727,6 +727,7 @@ def attack_assistants(
         return Made({"requests": f"{siege.payloads} harmful ones", "attacks": str(len(attacks))}, {"gives in": told},
                     siege.model_dump(mode="json"))
     named: list[object] = [word for source in sources.values() for word in ("--model", source)]
+    named += [word for name in attacks if tuple(attacks) != SIEGE_ATTACKS for word in ("--strategy", name)]
     return SIEGE.run(out, settings, work, ["attack", *named, "--requests", n, "--of", of, "--seed", seed, "--out", out])
 
 

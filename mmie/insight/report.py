@@ -554,7 +554,7 @@ def siege_figure(
     "How often each version gave in to each attack, with 95 % intervals."
     versions = list(rows[0].counts)
     wide, pitch = width > 500, 9 * len(versions) + (10 if width > 500 else 24)
-    frame = ChartFrame(150 if wide else 0, 6, width - 12, 6 + len(rows) * pitch, (0, 1), (0, 1))
+    frame = ChartFrame(150 if wide else 0, 6, width - 24, 6 + len(rows) * pitch, (0, 1), (0, 1))
     body = [svg_line(frame.x(t), 6, frame.x(t), frame.bottom) for t in (0, .25, .5, .75, 1)]
     body += [svg_text(frame.x(t), frame.bottom + 16, f"{t:.0%}", text_anchor="middle", opacity=.7) for t in (0, .25, .5, .75, 1)]
     for n, row in enumerate(rows):
