@@ -27,6 +27,7 @@ class Page(HTMLParser):
         self.loads: list[str] = [] # what the browser fetches by itself
         self.ids: list[str] = []
         self.sources: dict[str, str] = {} # of each symbol
+        self.pictures: list[str] = [] # what they show, in words
         self.words: list[str] = []
         self._quiet, self._symbol = 0, ""
         self.feed(text)
@@ -36,6 +37,7 @@ class Page(HTMLParser):
         self.ids += [found["id"]] if "id" in found else []
         link = found.get("href", found.get("src", ""))
         (self.loads if tag in ("link", "img", "script", "iframe") and found.get("rel") != "alternate" else self.links).append(link)
+        self.pictures += [found.get("alt", "")] if tag == "img" and "_files/" in link else []
         if tag == "span" and "symbol" in found.get("class", ""):
             self._symbol = found["id"]
         elif tag == "a" and "/blob/" in link and self._symbol:
@@ -111,6 +113,15 @@ def test_symbols_link_to_their_definitions(pages: dict[str, Page]) -> None:
         assert re.search(rf"^(?:def |class |[\w, ]*)\b{name}\b", text, re.IGNORECASE), (page, name, text)
 
 
+def test_pictures_keep_their_words(pages: dict[str, Page]) -> None:
+    for source in sidebar():
+        cells = json.loads((ROOT / "nbs" / source).read_text(encoding="utf-8"))["cells"]
+        said = [json.loads(found[1]) for cell in cells if (found := re.search(r'^#\| fig-alt: (".*")$', "".join(cell["source"]), re.MULTILINE))
+                and any({"image/png", "image/svg+xml"} & set(output.get("data", {})) for output in cell["outputs"])]
+        page = pages[re.sub(r"^\d\d_", "", Path(source).stem) + ".html"]
+        assert set(said) <= set(page.pictures), source
+
+
 def test_search_knows_every_public_name(site: Path) -> None:
     rows = json.loads((site / "sections.js").read_text(encoding="utf-8").removeprefix("window.SECTIONS = ").rstrip().removesuffix(";"))
     known = {heading for _, heading, _, page in rows if page == "symbol"}
@@ -139,6 +150,31 @@ def test_markdown_that_only_quarto_has(tmp_path: Path) -> None:
     assert '<section><p class="tab">One</p><p>first</p></section><section><p class="tab">Two</p>' in flat
     assert re.search(r'<figure><img src="a.png"[^>]*alt="two words"[^>]*/?><figcaption>Below</figcaption></figure>', flat)
     assert 'role="doc-noteref"' in flat
+
+
+def test_chapters_are_polished_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Imports fold, nbdev's directives go and Quarto's stay, and no output is left for which Quarto would fetch a script."
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from polish import polish
+    view = {"output_type": "display_data", "metadata": {}, "data": {"application/vnd.jupyter.widget-view+json": {}, "text/plain": ["Box()"]}}
+    table = {"output_type": "display_data", "metadata": {}, "data": {"text/html": ["<b>1</b>"], "text/plain": ["1"]}}
+    printed = [{"output_type": "stream", "name": "stdout", "text": [line]} for line in ("a\n", "b\n")]
+    code = {"cell_type": "code", "metadata": {}, "execution_count": None}
+    cells = [{"cell_type": "raw", "id": "0", "metadata": {}, "source": "---\noutput-file: nowhere.html\n---"},
+             {**code, "id": "1", "source": "#| default_exp nowhere", "outputs": []},
+             {**code, "id": "2", "source": "#| export\nimport torch", "outputs": []},
+             {**code, "id": "3", "source": "from a import (b,\n    c)", "outputs": []},
+             {**code, "id": "4", "source": '#| fig-alt: "two words"\nshow()', "outputs": [*printed, view, table]}]
+    path = tmp_path / "nowhere.ipynb"
+    path.write_text(json.dumps({"cells": cells, "metadata": {"widgets": {}}, "nbformat": 4, "nbformat_minor": 5}), encoding="utf-8")
+    polish(tmp_path)
+    once = path.read_text(encoding="utf-8")
+    polish(tmp_path)
+    assert path.read_text(encoding="utf-8") == once and "widget" not in once and "text/html" not in once
+    _, imports, shown = json.loads(once)["cells"]
+    assert imports["source"] == '#| code-fold: true\n#| code-summary: "Imports"\nimport torch\nfrom a import (b,\n    c)'
+    assert shown["source"].startswith('#| fig-alt: "two words"') and shown["outputs"][0]["text"] == ["a\n", "b\n"]
+    assert "<b>1</b>" in shown["outputs"][2]["data"]["text/markdown"]
 
 
 # In the browser

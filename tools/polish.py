@@ -84,7 +84,7 @@ def merged(outputs: list[Cell]) -> list[Cell]:
 
 def polish_cell(cell: Cell, target: str, public: set[str], ids: set[str], lines: dict[str, int], proofs: dict[str, str]) -> list[Cell]:
     "A cell as the site shows it: none, one, or two with the line that names what it defines."
-    source = re.sub(r"^#\| ?(?!\S+:).*\n?", "", "".join(cell["source"]), flags=re.M) # nbdev's directives; Quarto's have a colon
+    source = re.sub(r"^#\|(?! *\S+:).*\n?", "", "".join(cell["source"]), flags=re.M) # nbdev's directives; Quarto's have a colon
     if cell["cell_type"] != "code":
         return [{**cell, "source": source}]
     if not source.strip():
