@@ -47,7 +47,7 @@ def test_help_is_quick_and_needs_no_torch() -> None:
 
 @pytest.mark.parametrize("words", [[], ["run"], ["corpus"], ["tokenizer", "train"], ["tokenizer", "encode"], ["tokenizer", "decode"], ["train"], ["finetune"],
                                    ["generate"], ["quantize"], ["export"], ["align"], ["assistant"], ["assess"], ["baselines"], ["exam"], ["report"],
-                                   ["prune"], ["shrink"], ["tradeoffs"], ["redteam"], ["bench", "quantization"]], ids=" ".join)
+                                   ["prune"], ["shrink"], ["tradeoffs"], ["redteam"], ["attack"], ["bench", "quantization"]], ids=" ".join)
 def test_every_help_teaches(mmie: Run, words: list[str]) -> None:
     shown = mmie(*words, "--help")
     assert shown.returncode == 0 and "mmie " in shown.stdout and ":  mmie" in shown.stdout.replace("\n", " "), "help ends with a line to copy"

@@ -171,6 +171,11 @@ def test_each_stage_alone_gives_what_the_run_gave(mmie: Run, notes: Path, finish
     alone("quantize", "--model", tmp_path / "finetune", "--config", finished / "quantize4" / "settings.yaml", "--calibration", tmp_path / "corpus",
           "--out", tmp_path / "quantize4")
     alone("shrink", "--model", finished / "align" / "policy", "--prompts", finished / "requests.jsonl", "--requests", 1, "--out", tmp_path / "shrink")
+    models = [word for version in ("mmie-tiny-base", finished / "align" / "policy", finished / "shrink" / "int8", finished / "shrink" / "int4") for word in ("--model", version)]
+    strategies = [word for name in ("direct", "persistence", "forged-consent") for word in ("--strategy", name)]
+    alone("attack", *models, *strategies, "--requests", 1, "--of", 1, "--out", tmp_path / "attack")
+    facts = [json.loads((folder / "attack" / "stage.json").read_text(encoding="utf-8"))["facts"] for folder in (tmp_path, finished)]
+    assert facts[0] == facts[1], "asked anew, it says what it had said before"
     alone("align", "--config", finished / "align" / "settings.yaml", "--out", tmp_path / "align")
     for stage, file in (("corpus", "train.jsonl"), ("tokenizer", "mmie_tokenizer.json"), ("pretrain", "model.safetensors"), ("finetune", "model.safetensors"),
                         ("quantize", "quantized.safetensors"), ("quantize4", "quantized.safetensors"), ("shrink", "int4/quantized.safetensors"), ("shrink", "answers.jsonl"), ("align", "policy/model.safetensors")):
