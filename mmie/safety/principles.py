@@ -122,7 +122,9 @@ def _noun_forms(
 _TOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[.!?]+(?=[\s\"')\]]|\Z)|[\n:,;()]|(?<=\s)-+(?=\s)")
 _SIGNS = dict(zip(".!?\n:;,()-", "....:,,,,,", strict=True))
 _UNKNOWN, _NUMBER = "_", "#"
-_SHORT = {"it's", "that's", "what's", "who's", "he's", "she's", "there's", "let's", "where's", "how's", "here's"} # the other 's are possessives
+_SHORT = { # every other 's is a possessive
+    "it's", "that's", "what's", "who's", "he's", "she's", "there's", "let's", "where's", "how's", "here's",
+}
 
 
 class _Alphabet(dict[str, str]):
@@ -214,8 +216,8 @@ def _either(
 # %% ../../nbs/61_safety.principles.ipynb #e8b2283b
 _SYMBOL = re.compile(r"\s*(\(|\)\??|\||!(?=[<(])|<\w+(?:\.\w+)?>\??|~\d(?:!\w+)?|@(?:start|end|number)\??|[\w'/]+\*?\??)")
 _STARRED = re.compile(r"\(([^()<>]*)\)\*") # a star behind a bracket is for the first word of each alternative
-_OPENERS = ("please", "just", "now", "then", "first", "next", "finally", "so", "okay", "simply", "also", "hey", "secretly", "quietly", "well",
-            "go", "ahead", "always", "ok", "right", "and")
+_OPENERS = ("please", "just", "now", "then", "first", "next", "finally", "so", "okay", "simply", "also", "hey", "secretly", "quietly",
+            "well", "go", "ahead", "always", "ok", "right", "and")
 
 
 def _symbols(
@@ -366,8 +368,8 @@ class RuleLanguage:
             if plain not in self.words:
                 raise InputError(f"there's no list of words <{name}>", where="rules", fix=did_you_mean(plain, self.words))
             entries = [(kind, entry.strip()) for kind, some in self.words[plain].items() for entry in some.split(",") if entry.strip()]
-            self._lists[name] = _either([self.list_of(f"{e}.{form}" if form else e) if kind == "lists" else _entry(kind, e, bool(form), self)
-                                         for kind, e in entries])
+            ending = f".{form}" if form else ""
+            self._lists[name] = _either([self.list_of(e + ending) if kind == "lists" else _entry(kind, e, bool(form), self) for kind, e in entries])
         return self._lists[name]
 
 # %% ../../nbs/61_safety.principles.ipynb #970481df
