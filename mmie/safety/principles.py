@@ -369,7 +369,8 @@ class RuleLanguage:
                 raise InputError(f"there's no list of words <{name}>", where="rules", fix=did_you_mean(plain, self.words))
             entries = [(kind, entry.strip()) for kind, some in self.words[plain].items() for entry in some.split(",") if entry.strip()]
             ending = f".{form}" if form else ""
-            self._lists[name] = _either([self.list_of(e + ending) if kind == "lists" else _entry(kind, e, bool(form), self) for kind, e in entries])
+            self._lists[name] = _either([self.list_of(entry + ending) if kind == "lists" else _entry(kind, entry, bool(form), self)
+                                         for kind, entry in entries])
         return self._lists[name]
 
 # %% ../../nbs/61_safety.principles.ipynb #970481df
