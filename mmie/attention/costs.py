@@ -181,6 +181,23 @@ def cost_table(
     sizes = [[format_bytes(cost.peak), format_bytes(cost.cache)] for cost in rows]
     return text_table(["", "read", "add a word", "peak", "cache"], [[c.name, *t, *s] for c, t, s in zip(rows, times, sizes, strict=True)])
 
+# %% ../../nbs/28_attention.costs.ipynb #a3f5d9c1
+def _name_points(fig: "Figure", points: Sequence[tuple[str, float, float]]) -> None:
+    "Each point's name beside it, on the first side where it covers nothing."
+    from matplotlib.transforms import Bbox
+    fig.draw_without_rendering() # names are measured in pixels, so the axes must have their size
+    ax, spots = fig.axes[0], ((6, 0, "left"), (-6, 0, "right"), (0, 10, "center"), (0, -10, "center"))
+    centers = [ax.transData.transform(point[1:]) for point in points]
+    taken = [Bbox.from_extents(*(center - 4), *(center + 4)) for center in centers]
+    for name, *point in points:
+        text = ax.annotate(name, (point[0], point[1]), xytext=(0, 0), textcoords="offset points", fontsize=9, va="center")
+        for x, y, side in spots:
+            text.set(position=(x, y), ha=side)
+            if not any(text.get_window_extent().overlaps(other) for other in taken):
+                break
+        taken.append(text.get_window_extent())
+
+# %% ../../nbs/28_attention.costs.ipynb #b64e08f2
 def trade_figure(
     costs: Sequence[LayerCost], # any variants
     length: int, # the length to show
@@ -191,12 +208,10 @@ def trade_figure(
     fig, ax = figure(width=7, height=3.6)
     for number, cost in enumerate(rows):
         ax.plot(cost.cache / 1e6, cost.step * 1e3, "o", color=PALETTE[number % len(PALETTE)])
-        side = 1 if number % 2 == 0 else -1 # neighbors' names to different sides
-        ax.annotate(cost.name, (cost.cache / 1e6, cost.step * 1e3), xytext=(6 * side, 4 * side - 3), textcoords="offset points",
-                    fontsize=9, ha="left" if side > 0 else "right")
     ax.set(xscale="log", yscale="log", xlabel="memory of the past, MB", ylabel="time to add a word, ms", title=f"one layer, {length} words")
     ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 4.0)))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.minorticks_off()
     ax.margins(x=0.15, y=0.15)
+    _name_points(fig, [(cost.name, cost.cache / 1e6, cost.step * 1e3) for cost in rows])
     return fig
