@@ -785,8 +785,9 @@ def _gguf_tokenizer(
     added = [{"id": i, "content": tokens[i], **flags} for i, kind in enumerate(said("ggml.token_type")) if kind == 3]
     steps = [{"type": "Digits", "individual_digits": True}, levels]
     vocab, merges = {token: i for i, token in enumerate(tokens)}, [merge.split(" ") for merge in said("ggml.merges")]
-    machine: dict[str, object] = {"version": "1.0", "added_tokens": added, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "decoder": levels,
-               "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
+    split: dict[str, object] = {"type": "Sequence", "pretokenizers": steps}
+    pieces: dict[str, object] = {"type": "BPE", "vocab": vocab, "merges": merges}
+    machine: dict[str, object] = {"version": "1.0", "added_tokens": added, "pre_tokenizer": split, "decoder": levels, "model": pieces}
     roles = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     settings = {f"{role}_token": tokens[said(f"ggml.{name}_token_id")] for role, name in roles.items()}
     return machine, settings | {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": said("chat_template"),
