@@ -6,7 +6,7 @@
 __all__ = ['Cache', 'CausalLM', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'Sampling', 'filter_logits', 'sampling_figure', 'draw',
            'dart_streams', 'choose', 'Continuation', 'LogitProcessor', 'RepetitionPenalty', 'pad_left',
            'checked_prompts', 'end_ids', 'without_grad', 'generate', 'generate_stream', 'DecodesBytes', 'stream_text',
-           'StopStrings']
+           'decoded_pieces', 'StopStrings']
 
 # %% ../../nbs/31_models.generation.ipynb #4fa9463c
 import codecs
@@ -483,6 +483,22 @@ def stream_text(
         held = held[sure:]
     if piece := decoder.decode(held, final=True):
         yield piece
+
+# %% ../../nbs/31_models.generation.ipynb #3d0f51a3
+def decoded_pieces(
+    tokens: Iterable[int], # from `generate_stream`
+    decode: Callable[[list[int]], str], # any tokenizer's way to make text of all tokens so far
+) -> Iterator[str]: # pieces of text, never half a character
+    "Text from tokens as they arrive, for tokenizers whose tokens depend on their neighbors."
+    new, said, text = list[int](), "", ""
+    for token in tokens:
+        new.append(token)
+        text = decode(new)
+        if text.startswith(said) and not text.endswith("\N{REPLACEMENT CHARACTER}") and text != said:
+            yield text[len(said):]
+            said = text
+    if text.startswith(said) and text != said:
+        yield text[len(said):]
 
 # %% ../../nbs/31_models.generation.ipynb #d1352992
 class StopStrings:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 from pydantic import Field, model_validator
 
 from ..core import InputError, Settings
-from ..models.generation import CausalLM, generate_stream
+from ..models.generation import CausalLM, decoded_pieces, generate_stream
 from .principles import PRINCIPLES, Evaluation, Judge, PrincipleName, Span, evaluate_by_rules, find_personal_data
 from .statistics import Estimate, rate_estimate
 from ..training.finetune import ChatFormat, ChatTemplate, Message, Score, answers, chat_format
@@ -481,19 +481,7 @@ def answer_pieces(
     chat = chat_format(tokenizer, template)
     prompt = chat.prompt(messages, None if model.max_length is None else model.max_length - max_new_tokens)
     tokens = generate_stream(model, prompt, max_new_tokens, temperature=temperature, seed=seed, eos_id=chat.end_ids)
-
-    def pieces() -> Iterator[str]:
-        new, said, text = list[int](), "", ""
-        for token in tokens:
-            new.append(token)
-            text = chat.decode(new)
-            if text.startswith(said) and not text.endswith("\N{REPLACEMENT CHARACTER}") and text != said:
-                yield text[len(said):]
-                said = text
-        if text.startswith(said) and text != said:
-            yield text[len(said):]
-
-    return pieces()
+    return decoded_pieces(tokens, chat.decode)
 
 # %% ../../nbs/63_safety.filters.ipynb #8f930a9e
 FOR_USERS = FilterSettings(**{principle: PrincipleLimits(rewrite=None, block=0.5) for principle in PRINCIPLES})
