@@ -468,7 +468,7 @@ def _study(
 # %% ../nbs/94_cli.ipynb #841afed1
 @app.command("generate", epilog="Ask:  mmie generate --model runs/tiny/finetune --ask \"What does len do?\"")
 def _generate(
-    model: _Model, # folder
+    model: Annotated[str, typer.Option("--model", help="Folder of a model with its tokenizer, of ours or of transformers; or a packaged one.")], # which
     prompt: Annotated[
         str | None, typer.Argument(help="What to continue, or with --ask what to answer; standard input when left out."),
     ] = None, # to continue or to answer
@@ -494,17 +494,20 @@ def _generate(
     seed: _Seed = None, # of all randomness
 ) -> None:
     "Let a model write."
-    from mmie.lifecycle import EOS, load_pair
-    from mmie.models.generation import generate_stream, stream_text
-    from mmie.training.finetune import ChatTemplate
-    decoder, words = load_pair(model)
-    template, text = ChatTemplate(), _standard_input() if prompt is None else prompt
-    ids = template.prompt(words, text) if ask else [words.special_tokens[EOS], *words.encode(text)]
-    stop = {words.special_tokens[EOS], words.special_tokens[template.end]}
-    length = max_new_tokens or max(1, min(100, decoder.max_length - len(ids)))
+    from mmie.constitutional.managers import ModelManager
+    from mmie.lifecycle import EOS
+    from mmie.models.generation import decoded_pieces, generate_stream
+    from mmie.training.finetune import Message
+    manager, text = ModelManager(model), _standard_input() if prompt is None else prompt
+    decoder, chat, words = manager.model, manager.chat, manager.tokenizer
+    begin = getattr(words, "special_tokens", {}).get(EOS) # ours begin every text with the mark that ended the one before
+    plain = words.encode(text) if begin is None else [begin, *words.encode(text)]
+    ids = chat.prompt([Message("user", text)]) if ask else plain
+    room = decoder.max_length or len(ids) + 100
+    length = max_new_tokens or max(1, min(100, room - len(ids)))
     new = generate_stream(decoder, ids, length, temperature=0 if ask else temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                          repetition_penalty=repetition_penalty, seed=seed or 0, eos_id=stop)
-    for piece in stream_text(new, words):
+                          repetition_penalty=repetition_penalty, seed=seed or 0, eos_id={*chat.end_ids, *([] if begin is None else [begin])})
+    for piece in decoded_pieces(new, chat.decode if ask else words.decode):
         typer.echo(piece, nl=False)
     typer.echo()
 
