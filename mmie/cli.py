@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 from typer.core import TyperGroup
@@ -23,6 +23,7 @@ from .core import InputError, configure_logging
 if TYPE_CHECKING:
     from mmie.safety.red_team import ModelTarget
     from mmie.stages import Finished
+    from mmie.tokenization.base import BaseTokenizer
 
 # %% ../nbs/94_cli.ipynb #4661f46b
 def _stop(
@@ -468,7 +469,9 @@ def _study(
 # %% ../nbs/94_cli.ipynb #841afed1
 @app.command("generate", epilog="Ask:  mmie generate --model runs/tiny/finetune --ask \"What does len do?\"")
 def _generate(
-    model: Annotated[str, typer.Option("--model", help="Folder of a model with its tokenizer, of ours or of transformers; or a packaged one.")], # which
+    model: Annotated[
+        str, typer.Option("--model", help="Folder of a model with its tokenizer, ours or one of transformers, or a packaged assistant."),
+    ], # which
     prompt: Annotated[
         str | None, typer.Argument(help="What to continue, or with --ask what to answer; standard input when left out."),
     ] = None, # to continue or to answer
@@ -499,14 +502,12 @@ def _generate(
     from mmie.models.generation import decoded_pieces, generate_stream
     from mmie.training.finetune import Message
     manager, text = ModelManager(model), _standard_input() if prompt is None else prompt
-    decoder, chat, words = manager.model, manager.chat, manager.tokenizer
-    begin = getattr(words, "special_tokens", {}).get(EOS) # ours begin every text with the mark that ended the one before
-    plain = words.encode(text) if begin is None else [begin, *words.encode(text)]
-    ids = chat.prompt([Message("user", text)]) if ask else plain
-    room = decoder.max_length or len(ids) + 100
-    length = max_new_tokens or max(1, min(100, room - len(ids)))
+    decoder, chat, words = manager.model, manager.chat, cast("BaseTokenizer", manager.tokenizer)
+    begin = [mark] if (mark := getattr(words, "special_tokens", {}).get(EOS)) else [] # it stands between documents
+    ids = chat.prompt([Message("user", text)]) if ask else [*begin, *words.encode(text)]
+    length = max_new_tokens or max(1, min(100, (decoder.max_length or len(ids) + 100) - len(ids)))
     new = generate_stream(decoder, ids, length, temperature=0 if ask else temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                          repetition_penalty=repetition_penalty, seed=seed or 0, eos_id={*chat.end_ids, *([] if begin is None else [begin])})
+                          repetition_penalty=repetition_penalty, seed=seed or 0, eos_id=[*chat.end_ids, *begin])
     for piece in decoded_pieces(new, chat.decode if ask else words.decode):
         typer.echo(piece, nl=False)
     typer.echo()
