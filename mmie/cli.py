@@ -503,7 +503,7 @@ def _generate(
     from mmie.training.finetune import Message
     manager, text = ModelManager(model), _standard_input() if prompt is None else prompt
     decoder, chat, words = manager.model, manager.chat, cast("BaseTokenizer", manager.tokenizer)
-    begin = [mark] if (mark := getattr(words, "special_tokens", {}).get(EOS)) else [] # it stands between documents
+    begin = [] if (mark := getattr(words, "special_tokens", {}).get(EOS)) is None else [mark] # it stands between documents
     ids = chat.prompt([Message("user", text)]) if ask else [*begin, *words.encode(text)]
     length = max_new_tokens or max(1, min(100, (decoder.max_length or len(ids) + 100) - len(ids)))
     new = generate_stream(decoder, ids, length, temperature=0 if ask else temperature, top_k=top_k, top_p=top_p, min_p=min_p,
