@@ -258,3 +258,16 @@ def test_the_command(mmie: Run, chatty: Path, files: Path, tmp_path: Path) -> No
     refused(mmie("align", "--model", tmp_path, "--prompts", files / "prompts.jsonl", "--out", tmp_path / "x"))
     refused(mmie("align", "--prompts", files / "prompts.jsonl", "--out", tmp_path / "x"), "--model")
     assert not (tmp_path / "x").exists() or os.listdir(tmp_path / "x")
+
+
+def test_generate_speaks_with_any_model(mmie: Callable[..., subprocess.CompletedProcess[str]], chatty: Path) -> None:
+    "A packaged assistant answers; a folder of transformers is asked through its own template, and continues plain text."
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    asked = mmie("generate", "--model", "mmie-tiny-base", "--ask", "what is 7 plus 5 ?")
+    assert asked.stdout == "7 plus 5 is 12 .\n", asked.stderr
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(chatty).eval(), AutoTokenizer.from_pretrained(chatty)
+    for words, ids in ((["the"], tokenizer("the", return_tensors="pt").input_ids),
+                       (["--ask", "the"], tokenizer.apply_chat_template([{"role": "user", "content": "the"}], add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids)):
+        theirs = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1]:]
+        ours = mmie("generate", "--model", chatty, *words, "--temperature", 0, "--max-new-tokens", 6)
+        assert ours.stdout.strip() == tokenizer.decode(theirs).split(ChatTemplate().end)[0].strip(), ours.stderr
