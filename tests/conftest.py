@@ -1,10 +1,12 @@
 """What several tests need."""
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -19,6 +21,20 @@ settings.load_profile("mmie")
 def root() -> Path:
     "The repository."
     return ROOT
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    "Chromium, driven by Playwright: the machine's own, since nothing is downloaded here."
+    driver = pytest.importorskip("playwright.sync_api", reason="no browser test without playwright (pip install playwright)")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip(f"no browser: none of {', '.join(names)} is on the PATH")
+    with driver.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=found)
+        yield chromium
+        chromium.close()
 
 
 def _command(words: list[str], cwd: Path, environment: dict[str, str], streams: list[str]) -> None:

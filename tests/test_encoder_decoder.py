@@ -1,7 +1,6 @@
 """Encoder and encoder–decoder: any shape is padding-safe, honest about its labels, and the same with and without its caches; the explorer's page says what Python says."""
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -203,35 +202,28 @@ def test_no_package_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         minilm_folder()
 
 
-def test_the_page_says_what_python_says(read: Any, tmp_path: Path) -> None:
+def test_the_page_says_what_python_says(read: Any, browser: Any, tmp_path: Path) -> None:
     "Every head and token by keyboard: the sentence under the words is Python's, nothing is fetched, and markup stays text."
-    driver = pytest.importorskip("playwright.sync_api", reason="no browser test without playwright (pip install playwright)")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
-    if found is None:
-        pytest.skip("no browser on the PATH")
     text = "</script><i>a&b"
     explorer = AttentionExplorer(read, text)
     page_file = explorer.save(tmp_path / "heads.html")
-    with driver.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found)
-        page, trouble = browser.new_page(), []
-        page.on("pageerror", lambda error: trouble.append(str(error)))
-        page.on("request", lambda request: trouble.append(request.url) if not request.url.startswith(("file:", "data:")) else None)
-        page.goto(page_file.as_uri())
-        assert page.locator(".words b").all_text_contents() == list(explorer.seen.tokens) and page.locator(".all button").count() == 6
-        for layer, head in ((1, 1), (2, 3)):
-            page.get_by_label("Layer").select_option(index=layer - 1)
-            page.get_by_label("Head").select_option(index=head - 1)
-            page.locator(".words button").first.focus()
-            for token in range(1, len(text) + 1):
-                explorer.look(layer, head, token)
-                said = page.locator("output").inner_text()
-                assert said.split(" looks at ")[0] == f"Layer {layer}, head {head}: “{explorer.seen.tokens[token - 1]}”"
-                pressed = page.locator(".words [aria-pressed=true] b").all_text_contents()
-                assert pressed == [explorer.seen.tokens[token - 1]]
-                shares = explorer.seen.maps[layer - 1, head - 1, token - 1]
-                drawn = [float(a) for a in page.eval_on_selector_all(".words button", "all => all.map(e => e.style.getPropertyValue('--a'))")]
-                assert torch.allclose(torch.tensor(drawn), shares, atol=0.008)
-                page.keyboard.press("ArrowRight")
-        browser.close()
+    page, trouble = browser.new_page(), []
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.on("request", lambda request: trouble.append(request.url) if not request.url.startswith(("file:", "data:")) else None)
+    page.goto(page_file.as_uri())
+    assert page.locator(".words b").all_text_contents() == list(explorer.seen.tokens) and page.locator(".all button").count() == 6
+    for layer, head in ((1, 1), (2, 3)):
+        page.get_by_label("Layer").select_option(index=layer - 1)
+        page.get_by_label("Head").select_option(index=head - 1)
+        page.locator(".words button").first.focus()
+        for token in range(1, len(text) + 1):
+            explorer.look(layer, head, token)
+            said = page.locator("output").inner_text()
+            assert said.split(" looks at ")[0] == f"Layer {layer}, head {head}: “{explorer.seen.tokens[token - 1]}”"
+            pressed = page.locator(".words [aria-pressed=true] b").all_text_contents()
+            assert pressed == [explorer.seen.tokens[token - 1]]
+            shares = explorer.seen.maps[layer - 1, head - 1, token - 1]
+            drawn = [float(a) for a in page.eval_on_selector_all(".words button", "all => all.map(e => e.style.getPropertyValue('--a'))")]
+            assert torch.allclose(torch.tensor(drawn), shares, atol=0.008)
+            page.keyboard.press("ArrowRight")
     assert not trouble

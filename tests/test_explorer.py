@@ -1,5 +1,4 @@
 """The token explorer: its static twin in a browser, frame by frame, and what notebooks store of its widget."""
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,6 @@ from mmie.tokenization.explorer import TokenExplorer, align_tokens, cuts, legibl
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CORPUS = ["the cat in the hat sat on the mat, then the rat returned 1234 times\n    and ate it. "] * 30
 NASTY = """</script><script>document.title = "owned"</script><img src=x onerror="document.title='owned'"> & "quotes" 'n' é🙂"""
 
@@ -31,19 +29,6 @@ def bpe() -> BPETokenizer:
 @pytest.fixture(scope="module")
 def gpt2() -> BPETokenizer:
     return BPETokenizer.train(CORPUS, 284, pattern=GPT2_PATTERN)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    "Chromium, driven by Playwright; both belong to the machine, not to the project's requirements."
-    driver = pytest.importorskip("playwright.sync_api", reason="no browser test without playwright (pip install playwright)")
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on the PATH")
-    with driver.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

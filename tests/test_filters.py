@@ -2,7 +2,6 @@
 import html
 import itertools
 import re
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -346,18 +345,6 @@ def test_the_widget() -> None:
         live.text = 3 # type: ignore[assignment]
     assert live.text == box.value == NASTY
     assert live._repr_mimebundle_()["text/html"] == live.html()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    driver = pytest.importorskip("playwright.sync_api", reason="no browser test without playwright (pip install playwright)")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
-    if found is None:
-        pytest.skip("no browser is on the PATH")
-    with driver.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found)
-        yield browser
-        browser.close()
 
 
 def test_the_page_in_a_browser(browser: Any) -> None:

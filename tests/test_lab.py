@@ -15,7 +15,6 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, writes
 
 ROOT = Path(__file__).resolve().parent.parent
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PATIENCE = 90_000 # milliseconds until something that happens at once on a quiet machine must have happened on a busy one
 ERROR = '[data-mime-type="application/vnd.jupyter.error"]'
 SETTINGS = {
@@ -98,20 +97,6 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    driver = pytest.importorskip("playwright.sync_api", reason="no browser test without playwright (pip install playwright)")
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on the PATH")
-    with driver.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=found)
-        driver.expect.set_options(timeout=PATIENCE)
-        yield chromium
-        driver.expect.set_options(timeout=5000)
-        chromium.close()
-
-
-@pytest.fixture(scope="module")
 def run_all(lab: tuple[str, Path], browser: Any) -> Iterator[Callable[[str], Any]]:
     "Open a notebook of the shown folder and run all its cells, as a reader does. Nothing may be asked of any other host."
     address, _ = lab
@@ -162,6 +147,7 @@ def notebook(running: Any, first_loss: str) -> Any:
 
 def expect(locator: Any) -> Any:
     from playwright.sync_api import expect
+    expect.set_options(timeout=PATIENCE)
     return expect(locator)
 
 

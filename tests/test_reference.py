@@ -2,7 +2,6 @@
 import copy
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ sys.path.insert(0, str(ROOT / "tools"))
 import reference # noqa: E402
 from touches import Trace, ast # noqa: E402
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIDENCE = ROOT / "mmie" / "evidence.py"
 
 
@@ -209,30 +207,26 @@ def test_the_index_of_a_built_site_leads_to_sources_and_proofs(dot: str, tmp_pat
     assert page.count('href="https://example.org/blob/main/mmie/masks.py#L7"') == 4 and "../mmie" not in page
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_the_filter_shows_only_what_matches(tmp_path: Path) -> None:
+def test_the_filter_shows_only_what_matches(browser: Any, tmp_path: Path) -> None:
     import pypandoc
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
     body = pypandoc.convert_text("\n\n".join(reference.proofs_page(small_book())), "html5", format="markdown")
     page = tmp_path / "proofs.html"
     page.write_text(f'<!doctype html><meta charset="utf-8"><main>{body}</main>', encoding="utf-8")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        tab, errors = browser.new_page(), []
-        tab.on("pageerror", lambda error: errors.append(str(error)))
-        tab.goto(page.as_uri())
-        rows, box = tab.locator("tbody tr:visible:has(a[id])"), tab.get_by_label("Show only lines with these words")
-        assert rows.count() == 4 and tab.locator("h3:visible").count() == 2
-        for words, shown in (("ATTENTION", 2), ("touches:attention", 1), ("touches:Attention", 1), ("torch holds", 4), ("nothing", 0)):
-            box.fill(words)
-            assert rows.count() == shown, words
-            assert tab.locator("output").inner_text().startswith(f"{shown} line")
-        assert tab.locator("h3:visible").count() == 0
-        box.fill("")
-        assert rows.count() == 4
-        tab.goto(page.as_uri() + "?touches=causal_mask")
-        assert rows.count() == 1 and "causal_mask holds" in rows.inner_text() and tab.locator("h3:visible").count() == 1
-        browser.close()
+    tab, errors = browser.new_page(), []
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+    tab.goto(page.as_uri())
+    rows, box = tab.locator("tbody tr:visible:has(a[id])"), tab.get_by_label("Show only lines with these words")
+    assert rows.count() == 4 and tab.locator("h3:visible").count() == 2
+    for words, shown in (("ATTENTION", 2), ("touches:attention", 1), ("touches:Attention", 1), ("torch holds", 4), ("nothing", 0)):
+        box.fill(words)
+        assert rows.count() == shown, words
+        assert tab.locator("output").inner_text().startswith(f"{shown} line")
+    assert tab.locator("h3:visible").count() == 0
+    box.fill("")
+    assert rows.count() == 4
+    tab.goto(page.as_uri() + "?touches=causal_mask")
+    assert rows.count() == 1 and "causal_mask holds" in rows.inner_text() and tab.locator("h3:visible").count() == 1
+    tab.close()
     assert not errors
 
 

@@ -14,8 +14,6 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 
 class Page(HTMLParser):
@@ -180,15 +178,6 @@ def test_chapters_are_polished_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # In the browser
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    with playwright.sync_playwright() as running:
-        chromium = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
     context = browser.new_context(viewport={"width": 1440, "height": 900}, reduced_motion="reduce", permissions=["clipboard-read", "clipboard-write"])
@@ -214,7 +203,6 @@ SAMPLE = """() => { // what repeats a thousand times is looked at a few times
 }"""
 
 
-@in_a_browser
 def test_every_page_opens_from_disk_on_a_phone(browser: Any, site: Path, pages: dict[str, Page]) -> None:
     context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True)
     page, complaints = context.new_page(), []
@@ -229,7 +217,6 @@ def test_every_page_opens_from_disk_on_a_phone(browser: Any, site: Path, pages: 
     assert not complaints
 
 
-@in_a_browser
 def test_search_finds_symbols_and_sections_with_the_keyboard(page: Any, site: Path) -> None:
     page.goto((site / "index.html").as_uri())
     page.keyboard.press("/")
@@ -249,7 +236,6 @@ def test_search_finds_symbols_and_sections_with_the_keyboard(page: Any, site: Pa
     assert not page.locator("dialog").is_visible()
 
 
-@in_a_browser
 def test_the_theme_follows_the_system_until_it_is_chosen(page: Any, site: Path) -> None:
     paper = "getComputedStyle(document.body).backgroundColor"
     page.goto((site / "core.html").as_uri())
@@ -263,7 +249,6 @@ def test_the_theme_follows_the_system_until_it_is_chosen(page: Any, site: Path) 
     assert page.evaluate(paper) == light and page.locator(".theme").get_attribute("aria-pressed") == "false"
 
 
-@in_a_browser
 def test_code_is_copied_without_its_markup(page: Any, site: Path) -> None:
     page.goto((site / "core.html").as_uri())
     block = page.locator("main > div.sourceCode").first
@@ -273,7 +258,6 @@ def test_code_is_copied_without_its_markup(page: Any, site: Path) -> None:
     assert page.evaluate("navigator.clipboard.readText()") == block.locator("code").inner_text().rstrip()
 
 
-@in_a_browser
 def test_the_keyboard_reaches_the_text_first(page: Any, site: Path) -> None:
     page.goto((site / "core.html").as_uri())
     page.keyboard.press("Tab")
@@ -282,7 +266,6 @@ def test_the_keyboard_reaches_the_text_first(page: Any, site: Path) -> None:
     assert page.evaluate("document.activeElement.id") == "main"
 
 
-@in_a_browser
 def test_pages_read_without_javascript(browser: Any, site: Path) -> None:
     context = browser.new_context(viewport={"width": 390, "height": 844}, java_script_enabled=False)
     page = context.new_page()
@@ -293,7 +276,6 @@ def test_pages_read_without_javascript(browser: Any, site: Path) -> None:
     context.close()
 
 
-@in_a_browser
 @pytest.mark.parametrize("name", ["index.html", "evidence.html", "proofs.html"])
 @pytest.mark.parametrize(("scheme", "rules"), [("light", {}), ("dark", {"runOnly": ["color-contrast"]})], ids=["light", "dark"])
 def test_nothing_shuts_readers_out(page: Any, site: Path, name: str, scheme: str, rules: dict[str, Any]) -> None:
