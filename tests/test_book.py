@@ -108,3 +108,10 @@ def test_cells_hold_imports_or_code(path: Path) -> None:
             body = ast.parse(cell.source).body
             imports = [isinstance(statement, ast.Import | ast.ImportFrom) for statement in body]
             assert all(imports) or not any(imports), cell.source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_figures_say_what_they_show(path: Path) -> None: # to readers who can't see them, on the site
+    for cell in nbformat.read(path, as_version=4).cells:
+        if any({"image/png", "image/svg+xml"} & set(output.get("data", {})) for output in cell.get("outputs", [])):
+            assert re.search(r'^#\| fig-alt: "[^"]{20,}"$', cell.source, re.MULTILINE), cell.source
