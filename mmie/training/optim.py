@@ -150,7 +150,7 @@ ScheduleKind = Literal["constant", "cosine", "linear", "wsd"]
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    "The factor on the learning rate at each optimizer step: warm-up, then one of four shapes, then flat for ever."
+    "The factor on the learning rate at each optimizer step: warm-up, then one of four shapes, then flat forever."
 
     steps: int # length of the run in optimizer steps; from here on the factor stays `final`
     warmup: int = 0 # steps of linear warm-up before the peak
