@@ -13,7 +13,9 @@ import hashlib
 import http.client
 import json
 import logging
+import math
 import os
+import queue
 import random
 import re
 import secrets
@@ -21,6 +23,7 @@ import threading
 import time
 import unicodedata
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -37,7 +40,7 @@ from tqdm import tqdm
 from ..core import InputError, atomic_write, did_you_mean
 from ..measure import text_table
 from ..models.generation import CausalLM
-from ..pages import page_templates
+from ..pages import page_templates, visible
 from .attacks import Attack, Payload, readings, sounds_like_refusal
 from .statistics import Estimate, _student, _z, corrected_rate, rate_estimate
 from ..tokenization.base import BaseTokenizer
@@ -122,7 +125,19 @@ class _Pace:
         time.sleep(max(0.0, leave - time.monotonic()))
 
 # %% ../../nbs/65_safety.red_team.ipynb #00b95fcf
+def _is_web_address(
+    url: str, # hopefully
+) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        (parts.hostname or ".").encode("idna") # raises for names that can't exist
+        return parts.port != 0 and bool(re.fullmatch("https?://[!-~]+", url))
+    except ValueError: # also for brackets that don't match, and ports that are none
+        return False
+
+# %% ../../nbs/65_safety.red_team.ipynb #3c890bf8
 _PASSING = {408, 409, 425, 429} # that and everything from 500 is worth another try
+_UNFIT = {400, 413, 422} # this conversation isn't wanted, perhaps because it's too long; others may be
 _log = logging.getLogger("mmie")
 
 
@@ -141,11 +156,13 @@ class HttpTarget:
     _pace: _Pace = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not re.match(r"https?://[^/\s]", self.url):
+        if not _is_web_address(self.url):
             raise InputError(f"{self.url!r} is no web address", where="HttpTarget", fix="give http://… or https://…")
         positive = self.max_tokens, self.timeout, self.workers, 1 if self.per_second is None else self.per_second
-        if min(positive) <= 0 or self.retries < 0 or self.pause < 0:
+        if not math.isfinite(sum(positive) + self.pause) or min(positive) <= 0 or self.retries < 0 or self.pause < 0:
             raise InputError("times, rates and numbers must be positive", where="HttpTarget")
+        if not re.fullmatch("[!-~]*", self.key or ""):
+            raise InputError("the key has characters that no key has", where="HttpTarget", fix="remove spaces and line breaks around it")
         object.__setattr__(self, "_pace", _Pace(self.per_second))
 
     def __call__(
@@ -153,10 +170,66 @@ class HttpTarget:
         conversations: Sequence[Talk], # each with the user's turn last
     ) -> list[str | None]: # an answer to each; None where the server gave none
         "Ask the server, several at a time. Raises `InputError` for what no retry will cure."
-        with ThreadPoolExecutor(self.workers) as pool:
-            return list(pool.map(partial(_ask, self), conversations))
+        return _side_by_side(partial(_ask, self), conversations, self.workers)
 
-# %% ../../nbs/65_safety.red_team.ipynb #919c450f
+# %% ../../nbs/65_safety.red_team.ipynb #5fdfd737
+def _side_by_side(
+    answer: Callable[[Talk], str | None], # answers one conversation
+    conversations: Sequence[Talk], # to be answered
+    workers: int, # at a time
+) -> list[str | None]: # in their order
+    "Answer all. Raises what `answer` raised first, without waiting for the rest."
+    said: list[str | None] = [None] * len(conversations)
+    waiting, done = deque(range(len(said))), queue.SimpleQueue[BaseException | None]()
+
+    def work() -> None:
+        try:
+            while waiting:
+                number = waiting.popleft()
+                said[number] = answer(conversations[number])
+                done.put(None)
+        except IndexError: # another one was quicker
+            return
+        except BaseException as error: # it's raised where somebody hears it
+            done.put(error)
+
+    for _ in range(min(workers, len(said))):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        for _ in said:
+            if error := done.get():
+                raise error
+    finally:
+        waiting.clear()
+    return said
+
+# %% ../../nbs/65_safety.red_team.ipynb #7ad46b07
+_MOST = 2**24 # bytes of an answer
+
+
+class _StaysHere(urllib.request.HTTPRedirectHandler):
+    "Goes nowhere else."
+
+    def redirect_request(self, *_: object) -> None:
+        "A redirection is an error like others."
+
+
+def _received(
+    request: urllib.request.Request, # what to send
+    patience: float, # seconds for all of it
+) -> bytes: # the answer's body
+    "Raises urllib's errors, also `TimeoutError` for an answer that doesn't end."
+    until, parts = time.monotonic() + patience, bytearray()
+    with urllib.request.build_opener(_StaysHere).open(request, timeout=patience) as reply:
+        while part := reply.read1(2**16):
+            parts += part
+            if len(parts) > _MOST or time.monotonic() > until:
+                raise TimeoutError
+        if reply.length: # it promised more
+            raise http.client.IncompleteRead(bytes(parts))
+    return bytes(parts)
+
+# %% ../../nbs/65_safety.red_team.ipynb #55a43972
 def _sent(
     target: HttpTarget, # where to
     conversation: Talk, # what to say
@@ -166,11 +239,10 @@ def _sent(
             "max_tokens": target.max_tokens, "temperature": 0}
     head = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {target.key}"} if target.key else {})
     request = urllib.request.Request(target.url, json.dumps(body).encode(), head)
-    with urllib.request.urlopen(request, timeout=target.timeout) as reply:
-        raw = reply.read()
+    raw = _received(request, target.timeout)
     try:
         return str(json.loads(raw)["choices"][0]["message"]["content"] or "")
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise InputError("the answer has no choices[0].message.content", where=target.url, fix="is this a chat endpoint?") from error
 
 
@@ -185,14 +257,17 @@ def _ask(
         try:
             return _sent(target, conversation)
         except urllib.error.HTTPError as error:
+            if error.code in _UNFIT:
+                _log.warning("%s says %d %s to a conversation", target.url, error.code, error.reason)
+                return None
             if error.code not in _PASSING and error.code < 500:
                 fix = "check address, model and key"
                 raise InputError(f"the server says {error.code} {error.reason}", where=target.url, fix=fix) from error
-            asked_for = error.headers.get("Retry-After")
+            asked_for = re.fullmatch("[0-9]{1,9}", error.headers.get("Retry-After", ""))
         except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException):
             pass # worth another try
         if attempt < target.retries:
-            time.sleep(float(asked_for) if asked_for and asked_for.isdigit() else target.pause * 2**attempt)
+            time.sleep(min(float(asked_for[0]), target.timeout) if asked_for else target.pause * 2**attempt)
     _log.warning("no answer from %s after %d tries", target.url, target.retries + 1)
     return None
 
@@ -211,6 +286,8 @@ def names_marker(
 ) -> bool: # whether the marker is in there
     "The marker in an answer, plain, spaced out, or in any single disguise."
     wanted = _letters(payload.marker)
+    if not wanted: # "!!", or an emoji: it would be in everything
+        return payload.marker in answer
     return wanted in _letters(answer) or any(wanted in _letters(text) for text in readings(answer).values())
 
 # %% ../../nbs/65_safety.red_team.ipynb #1cba7958
@@ -257,7 +334,7 @@ class Trial:
         "For the log."
         said = [[message.role, message.content] for message in self.messages]
         data = {"attack": self.attack, "payload": self.payload, "category": self.category, "flagged": self.flagged, "messages": said}
-        return json.dumps(data, ensure_ascii=False)
+        return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", json.dumps(data, ensure_ascii=False)) # no file takes half a pair
 
     @classmethod
     def read(
@@ -318,9 +395,11 @@ def _plan_line(
     payloads: Sequence[Payload], # all of them
     harmless: bool, # whether twins are asked
     borderline: Sequence[str], # harmless requests
+    judges: Sequence[object], # functions that decide on flags
 ) -> str: # JSON
     "The log's first line."
-    plan = json.dumps([name, [attack.name for attack in attacks], [asdict(payload) for payload in payloads], harmless, list(borderline)])
+    called = [getattr(judge, "__qualname__", type(judge).__name__) for judge in judges]
+    plan = json.dumps([name, [attack.name for attack in attacks], [asdict(payload) for payload in payloads], harmless, list(borderline), called])
     digest = hashlib.sha256(plan.encode()).hexdigest()
     return json.dumps({"target": name, "attacks": len(attacks), "payloads": len(payloads), "plan": digest})
 
@@ -328,23 +407,40 @@ def _plan_line(
 def _resumed(
     path: Path, # of the log
     head: str, # its first line, if it is ours
+    plan: Iterable[tuple[str, str]], # attack and payload of each trial
 ) -> list[Trial]: # finished ones
     "Read a log, or begin one. Raises `InputError` for another campaign's, or a damaged one."
     text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
     whole = text.split("\n")[:-1] # what follows the last line end was cut off
     if whole and whole[0] != head:
         raise InputError("this log is of another campaign", where=str(path), fix="choose another file, or the same plan")
-    trials = []
+    found, wanted = dict[tuple[str, str], Trial](), set(plan)
     for number, line in enumerate(whole[1:], 2):
         try:
-            trials.append(Trial.read(line))
-        except (ValueError, KeyError, TypeError) as error:
+            trial = Trial.read(line)
+            if (trial.attack, trial.payload) not in wanted:
+                raise ValueError("it isn't planned")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"this is no trial: {line:.40}", where=f"{path}, line {number}", fix="remove the line") from error
-    trials = [trial for trial in trials if trial.flagged is not None]
+        if trial.flagged is not None:
+            found.setdefault((trial.attack, trial.payload), trial)
+    trials = list(found.values())
     atomic_write(path, "\n".join([head, *(trial.line() for trial in trials)]) + "\n")
     return trials
 
 # %% ../../nbs/65_safety.red_team.ipynb #ea1e89c1
+def _all_answered(
+    replies: object, # of a target
+    count: int, # of conversations
+) -> Sequence[str | None]: # the same
+    "Raises `InputError` for anything but so many answers."
+    if not isinstance(replies, (list, tuple)):
+        raise InputError(f"the target gave {type(replies).__name__} instead of a list of answers", where="run_campaign", fix="see `one_by_one`")
+    if len(replies) != count:
+        raise InputError(f"the target gave {len(replies)} answers to {count} conversations", where="run_campaign")
+    return replies
+
+# %% ../../nbs/65_safety.red_team.ipynb #c3d7cdc1
 def _play(
     target: AttackTarget, # answers
     waiting: deque[_Running], # in line
@@ -366,9 +462,7 @@ def _play(
             talks = [[tuple(trial.history) for trial in batch] for batch in batches]
             asked = map(target, talks) if workers == 1 else pool.map(target, talks)
             for batch, replies in zip(batches, asked, strict=True):
-                if len(replies) != len(batch):
-                    raise InputError(f"the target gave {len(replies)} answers to {len(batch)} conversations", where="run_campaign")
-                for trial, reply in zip(batch, replies, strict=True):
+                for trial, reply in zip(batch, _all_answered(replies, len(batch)), strict=True):
                     if record := judge(trial, reply):
                         finished(record)
                     else:
@@ -406,10 +500,11 @@ def run_campaign(
     if not plan or len({trial.key for trial in plan}) < len(plan) or batch_size < 1 or workers < 1:
         raise InputError("nothing to do, or something twice", where="run_campaign", fix="give attacks and payloads with different names")
     path = None if log is None else Path(log)
-    trials = [] if path is None else _resumed(path, _plan_line(name, attacks, payloads, harmless, borderline))
+    order = {trial.key: number for number, trial in enumerate(plan)}
+    head = _plan_line(name, attacks, payloads, harmless, borderline, (scorer, declines))
+    trials = [] if path is None else _resumed(path, head, order)
     known = {(trial.attack, trial.payload) for trial in trials}
     waiting = deque(trial for trial in plan if trial.key not in known)
-    order = {trial.key: number for number, trial in enumerate(plan)}
 
     bar = tqdm(total=len(plan), initial=len(trials), desc="attacks", unit="trial", disable=not progress, dynamic_ncols=True)
 
@@ -554,6 +649,14 @@ def campaign_table(
     return "\n".join([*lines, f"without an answer: {sum(trial.flagged is None for trial in report.trials)}"])
 
 # %% ../../nbs/65_safety.red_team.ipynb #2f213a09
+def _on_an_axis(
+    name: str, # of an attack or a category, whatever somebody wrote
+) -> str: # without formulas, and not too long
+    "A name that matplotlib takes for what it is."
+    short = visible(" ".join(name.split()))
+    return (short if len(short) <= 40 else short[:39] + "…").replace("$", r"\$")
+
+# %% ../../nbs/65_safety.red_team.ipynb #6a9472cd
 def campaign_figure(
     report: CampaignReport, # to be shown
 ) -> "Figure": # a heat map of what was flagged, and the rates with their intervals beside it
@@ -562,7 +665,8 @@ def campaign_figure(
     names, kinds = report.attacks, report.categories
     cells = [[[bool(t.flagged) for t in report.answered(name, kind)] for kind in kinds] for name in names]
     fig, (left, right) = figure(ncols=2, width=9.0, height=2.2 + 0.24 * len(names), width_ratios=[len(kinds) + 1, 4])
-    heatmap(left, [[100 * float(np.mean(cell)) if cell else np.nan for cell in row] for row in cells], xlabels=kinds, ylabels=names,
+    heatmap(left, [[100 * float(np.mean(cell)) if cell else np.nan for cell in row] for row in cells],
+            xlabels=[_on_an_axis(kind) for kind in kinds], ylabels=[_on_an_axis(name) for name in names],
             xlabel="category", ylabel="attack", title="flagged, %", values=".0f", vmin=0, vmax=100, colorbar=False)
     for y, name in enumerate(names):
         if report.answered(name):
