@@ -156,23 +156,43 @@ def test_chapters_are_polished_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from polish import polish
     view = {"output_type": "display_data", "metadata": {}, "data": {"application/vnd.jupyter.widget-view+json": {}, "text/plain": ["Box()"]}}
     table = {"output_type": "display_data", "metadata": {}, "data": {"text/html": ["<b>1</b>"], "text/plain": ["1"]}}
+    drawing = {"output_type": "display_data", "metadata": {}, "data": {"image/svg+xml": ['<svg role="img" ', 'aria-label="A &amp; B"/>']}}
     printed = [{"output_type": "stream", "name": "stdout", "text": [line]} for line in ("a\n", "b\n")]
     code = {"cell_type": "code", "metadata": {}, "execution_count": None}
     cells = [{"cell_type": "raw", "id": "0", "metadata": {}, "source": "---\noutput-file: nowhere.html\n---"},
              {**code, "id": "1", "source": "#| default_exp nowhere", "outputs": []},
              {**code, "id": "2", "source": "#| export\nimport torch", "outputs": []},
              {**code, "id": "3", "source": "from a import (b,\n    c)", "outputs": []},
-             {**code, "id": "4", "source": '#| fig-alt: "two words"\nshow()', "outputs": [*printed, view, table]}]
+             {**code, "id": "4", "source": '#| fig-alt: "two words"\nshow()', "outputs": [*printed, view, table]},
+             {**code, "id": "5", "source": "draw()", "outputs": [drawing]},
+             {"cell_type": "markdown", "id": "6", "metadata": {}, "source": '![Three "words", said](a.svg)\n\n[line](../mmie/core.py#L3)'}]
     path = tmp_path / "nowhere.ipynb"
     path.write_text(json.dumps({"cells": cells, "metadata": {"widgets": {}}, "nbformat": 4, "nbformat_minor": 5}), encoding="utf-8")
     polish(tmp_path)
     once = path.read_text(encoding="utf-8")
     polish(tmp_path)
     assert path.read_text(encoding="utf-8") == once and "widget" not in once and "text/html" not in once
-    _, imports, shown = json.loads(once)["cells"]
+    _, imports, shown, drawn, text = json.loads(once)["cells"]
     assert imports["source"] == '#| code-fold: true\n#| code-summary: "Imports"\nimport torch\nfrom a import (b,\n    c)'
     assert shown["source"].startswith('#| fig-alt: "two words"') and shown["outputs"][0]["text"] == ["a\n", "b\n"]
     assert "<b>1</b>" in shown["outputs"][2]["data"]["text/markdown"]
+    assert drawn["source"] == '#| fig-alt: "A & B"\ndraw()'
+    assert text["source"].startswith('![](a.svg){fig-alt="Three \\"words\\", said"}') and re.search(r"\]\(https://\S+/mmie/core\.py#L3\)", text["source"])
+
+
+def test_quarto_needs_no_package_to_polish() -> None:
+    "It runs polish.py with whichever Python it finds."
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import polish"],
+                          capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_sidebar_is_read_as_yaml_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from reference import sidebar as read
+    config = (ROOT / "_quarto.yml").read_text(encoding="utf-8")
+    contents = yaml.safe_load(config)["website"]["sidebar"]["contents"]
+    assert read(config) == [pair for entry in contents for pair in ([(entry, "")] if isinstance(entry, str) else [(name, entry["section"]) for name in entry["contents"]])]
 
 
 # In the browser

@@ -1,16 +1,21 @@
 """Make chapters readable as pages: run on the notebooks that nbdev has processed, before they're rendered.
 
-Quarto runs this file as its pre-render step, site.py imports it. The source of the library stays in the text, headed by
-the names it defines with links to the repository and to what's proven of them; imports are folded; links between
-chapters stay within the site; and no output asks a page to load a script from somewhere else.
+Quarto runs this file as its pre-render step with a Python of its choice, site.py imports it: so it needs nothing but the
+standard library. The source of the library stays in the text, headed by the names it defines with links to the
+repository and to what's proven of them; imports are folded; links between chapters stay within the site; pictures have
+words instead of captions; and no output asks a page to load a script from somewhere else.
 """
 import ast
 import configparser
+import html
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
+if sys.version_info < (3, 10): # noqa: UP036 - Quarto may have found another Python than the one that mmie is installed for
+    sys.exit(f"The pages need Python 3.10 or newer, and Quarto runs {sys.executable}. Name another: QUARTO_PYTHON=.venv/bin/python")
 from reference import proof_links, read_book
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +67,12 @@ def symbol_bar(names: list[str], target: str, lines: dict[str, int], proofs: dic
     return {"cell_type": "markdown", "id": f"names-{names[0]}", "metadata": {}, "source": "::: {.symbols}\n" + "\n\n".join(bars) + "\n:::"}
 
 
+def in_words(found: re.Match[str]) -> str:
+    "A picture by itself, whose words Quarto would print below it as a caption."
+    words = found[1].replace("\\", "\\\\").replace('"', '\\"')
+    return f'![]({found[2]}){{fig-alt="{words}"}}'
+
+
 def quiet(output: Cell) -> Cell:
     "An output without widget views, and with HTML as part of the text: Quarto would fetch scripts for either."
     data = output.get("data", {})
@@ -82,6 +93,13 @@ def merged(outputs: list[Cell]) -> list[Cell]:
     return kept
 
 
+def described(source: str, outputs: list[Cell]) -> str:
+    "A cell whose drawing says what it shows, with these words as the picture's alternative text."
+    drawings = ["".join(output.get("data", {}).get("image/svg+xml", "")) for output in outputs]
+    said = next((found[1] for drawing in drawings if (found := re.search(r'<svg[^>]* aria-label="([^"]+)"', drawing))), "")
+    return f"#| fig-alt: {json.dumps(html.unescape(said), ensure_ascii=False)}\n{source}" if said and "#| fig-alt" not in source else source
+
+
 def polish_cell(cell: Cell, target: str, public: set[str], ids: set[str], lines: dict[str, int], proofs: dict[str, str]) -> list[Cell]:
     "A cell as the site shows it: none, one, or two with the line that names what it defines."
     source = re.sub(r"^#\|(?! *\S+:).*\n?", "", "".join(cell["source"]), flags=re.M) # nbdev's directives; Quarto's have a colon
@@ -93,21 +111,22 @@ def polish_cell(cell: Cell, target: str, public: set[str], ids: set[str], lines:
         source = FOLDED + source
     names = [name for name in definitions(source) if name in public] if cell.get("id") in ids else []
     bar = [symbol_bar(names, target, lines, proofs)] if names else []
-    return [*bar, {**cell, "source": source, "outputs": merged(cell["outputs"])}]
+    return [*bar, {**cell, "source": described(source, cell["outputs"]), "outputs": merged(cell["outputs"])}]
 
 
 def polish(proc: Path) -> None:
     "Rewrite the notebooks in a folder, once."
     notebooks = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(proc.glob("*.ipynb"))}
     proofs = proof_links(read_book(ROOT)) if proc / "proofs.ipynb" in notebooks else {}
-    home = settings()["doc_host"] + settings()["doc_baseurl"]
+    home, repository = settings()["doc_host"] + settings()["doc_baseurl"], f"{settings()['git_url']}/blob/{settings()['branch']}"
     anchors: dict[str, set[str]] = {}
     for notebook in notebooks.values():
-        if notebook["metadata"].get("polished"):
-            continue
         target, cells = page_name(notebook), []
         code = module_file(target).read_text(encoding="utf-8") if module_file(target).is_file() else ""
         public = set(ast.literal_eval(found[1])) if (found := re.search(r"^__all__ = (\[.*?\])", code, re.M | re.S)) else set()
+        anchors[target] = {name.lower() for name in public}
+        if notebook["metadata"].get("polished"):
+            continue
         lines = definitions(code)
         ids = set(re.findall(r"^# %% .*#(\w+)$", code, re.M))
         for cell in notebook["cells"]:
@@ -116,7 +135,7 @@ def polish(proc: Path) -> None:
                     cells[-1]["source"] += "\n" + new["source"].removeprefix(FOLDED)
                 else:
                     cells.append(new)
-        notebook["cells"], anchors[target] = cells, {name.lower() for name in public}
+        notebook["cells"] = cells
 
     def local(match: re.Match[str]) -> str: # what has no anchor leads to its page
         return f"]({match[1]}{'#' + match[2] if match[2] in anchors.get(match[1], ()) else ''})"
@@ -125,7 +144,9 @@ def polish(proc: Path) -> None:
         if not notebook["metadata"].pop("polished", False):
             for cell in notebook["cells"]:
                 if cell["cell_type"] == "markdown":
-                    cell["source"] = re.sub(rf"\]\({re.escape(home)}/([^)#\s]+)(?:#([^)\s]*))?\)", local, "".join(cell["source"]))
+                    text = re.sub(rf"\]\({re.escape(home)}/([^)#\s]+)(?:#([^)\s]*))?\)", local, "".join(cell["source"]))
+                    text = text.replace("](../", f"]({repository}/") # what lies outside the book
+                    cell["source"] = re.sub(r"^!\[(.+)\]\(([^)\s]+)\)$", in_words, text, flags=re.M)
         notebook["metadata"]["polished"] = True
         notebook["metadata"].pop("widgets", None)
         path.write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")

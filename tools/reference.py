@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
 from touches import Claim, Touched, Trace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -225,18 +224,26 @@ def new_id(module: str, claim: str, taken: set[str]) -> str:
     return name
 
 
+def sidebar(config: str) -> list[tuple[str, str]]: # each notebook of `_quarto.yml` and its section
+    "Read without a library for YAML: Quarto runs this with a Python that may have none."
+    found, part = [], ""
+    for indent, section, file in re.findall(r"""^( *)- (?:section: ["']?(.*?)["']?|(\S+\.ipynb))$""", config, re.MULTILINE):
+        part = section or (part if len(indent) > 6 else "")
+        if file:
+            found.append((file, part))
+    return found
+
+
 def read_book(root: Path = ROOT) -> list[Chapter]:
     "Every notebook of the sidebar, in its order, with its symbols and proofs. Raises `Unproven`."
-    contents = yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
     book = []
-    for part, files in [("", [entry]) if isinstance(entry, str) else (entry["section"], entry["contents"]) for entry in contents]:
-        for file in files:
-            if file not in MADE:
-                cells = json.loads((root / "nbs" / file).read_text(encoding="utf-8"))["cells"]
-                title = re.search(r"^# (.+)$", "\n".join(text(c["source"]) for c in cells if c["cell_type"] == "markdown"), re.MULTILINE)
-                chapter = Chapter(file, part, title[1] if title else file, cells, [])
-                chapter.symbols = read_symbols(root, chapter.name)
-                book.append(chapter)
+    for file, part in sidebar((root / "_quarto.yml").read_text(encoding="utf-8")):
+        if file not in MADE:
+            cells = json.loads((root / "nbs" / file).read_text(encoding="utf-8"))["cells"]
+            title = re.search(r"^# (.+)$", "\n".join(text(c["source"]) for c in cells if c["cell_type"] == "markdown"), re.MULTILINE)
+            chapter = Chapter(file, part, title[1] if title else file, cells, [])
+            chapter.symbols = read_symbols(root, chapter.name)
+            book.append(chapter)
     everything = {symbol.name: symbol for chapter in book for symbol in chapter.symbols}
     usual, taken = usual_tolerances(root), set()
     for chapter in book:
@@ -474,16 +481,16 @@ def proof_links(book: list[Chapter]) -> dict[str, str]:
     return {s.name: f"[{number(len(s.proofs), 'proof')}]({to_proofs(s)})" for chapter in book for s in chapter.symbols if s.proofs}
 
 
-def link_proofs(docs: Path, book: list[Chapter], repository: str) -> None:
-    "In a built site, make each ✓ a link to its line on the page of proofs; in the index of names, link sources and set the filter."
+def link_proofs(docs: Path, book: list[Chapter]) -> None:
+    "In a built site, make each ✓ a link to its line on the page of proofs; links from the index of names set that page's filter."
     for chapter in book:
         page = docs / ("index.html" if chapter.file == "index.ipynb" else f"{chapter.name}.html")
         page.write_text(marked(page.read_text(encoding="utf-8"), chapter.proofs), encoding="utf-8")
     symbols = {s.name: s for chapter in book for s in chapter.symbols if s.proofs}
     row = re.compile(r'(<tr[^>]*>\s*<td[^>]*>\s*<a [^>]*>(\w+)</a>(?:(?!</tr>).)*?)href="(?:\./)?proofs\.html#[^"]*"', re.DOTALL)
     page = docs / "api.html"
-    text = row.sub(lambda match: f'{match[1]}href="{to_proofs(symbols[match[2]])}"', page.read_text(encoding="utf-8"))
-    page.write_text(re.sub(r'href="\.\./(mmie/[\w/]+\.py#L\d+)"', rf'href="{repository}/\1"', text), encoding="utf-8")
+    linked = row.sub(lambda match: f'{match[1]}href="{to_proofs(symbols[match[2]])}"', page.read_text(encoding="utf-8"))
+    page.write_text(linked, encoding="utf-8")
 
 
 def marked(page: str, proofs: list[Proof]) -> str:

@@ -31,7 +31,7 @@ from reference import link_proofs, read_book
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS, PROC, TOOLS = ROOT / "_docs", ROOT / "_proc", ROOT / "tools"
-MARKDOWN = "markdown+emoji+lists_without_preceding_blankline-implicit_figures"
+MARKDOWN = "markdown+emoji-implicit_figures" # what Quarto reads, so that both see the same lists
 ASSETS = ("site.css", "site.js", "theme.js", "vendor/minisearch.js", "vendor/minisearch.LICENSE.txt")
 
 
@@ -209,9 +209,8 @@ def build_without_quarto() -> None:
 
 
 def build_with_quarto() -> None:
-    readme = (ROOT / "README.md").read_bytes()
-    subprocess.run(["nbdev_docs"], cwd=ROOT, check=True)
-    (ROOT / "README.md").write_bytes(readme) # nbdev may have written its own, whose links start in nbs/
+    (ROOT / "README.md").touch() # nbdev would write one older than index.ipynb anew, with links that start in nbs/
+    subprocess.run(["nbdev_docs"], cwd=ROOT, check=True, env={**os.environ, "QUARTO_PYTHON": sys.executable}) # the one that runs polish.py
     pages = sidebar()
     with TemporaryDirectory() as folder: # Quarto has its own pictures
         for page in pages:
@@ -224,8 +223,7 @@ def main() -> None:
         build_with_quarto()
     else:
         build_without_quarto()
-    config = get_config()
-    link_proofs(DOCS, read_book(ROOT), f"{config.git_url}/blob/{config.branch}")
+    link_proofs(DOCS, read_book(ROOT))
     sys.stdout.write(f"open {(DOCS / 'index.html').relative_to(ROOT)}\n")
 
 
