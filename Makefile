@@ -17,10 +17,10 @@ run: $(USE) ## The main job: from nothing to a trained model and its report, in 
 	mmie run --preset tiny --out $(OUT)
 
 test: $(DEV) ## Every check: notebooks, style, types, tests
-	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 nbdev_test --n_workers 3
 	ruff check .
 	mypy
-	OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 pytest --numprocesses 3 --dist loadfile
 
 bench: $(DEV) ## Speed beside the programs that people use instead (some minutes, on a quiet machine)
 	mmie bench tokenizer

@@ -334,7 +334,8 @@ class Trial:
         "For the log."
         said = [[message.role, message.content] for message in self.messages]
         data = {"attack": self.attack, "payload": self.payload, "category": self.category, "flagged": self.flagged, "messages": said}
-        return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", json.dumps(data, ensure_ascii=False)) # no file takes half a pair
+        text = json.dumps(data, ensure_ascii=False)
+        return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text) # no file takes half a pair
 
     @classmethod
     def read(
@@ -399,7 +400,7 @@ def _plan_line(
 ) -> str: # JSON
     "The log's first line."
     called = [getattr(judge, "__qualname__", type(judge).__name__) for judge in judges]
-    plan = json.dumps([name, [attack.name for attack in attacks], [asdict(payload) for payload in payloads], harmless, list(borderline), called])
+    plan = json.dumps([name, [a.name for a in attacks], [asdict(payload) for payload in payloads], harmless, list(borderline), called])
     digest = hashlib.sha256(plan.encode()).hexdigest()
     return json.dumps({"target": name, "attacks": len(attacks), "payloads": len(payloads), "plan": digest})
 
@@ -435,7 +436,7 @@ def _all_answered(
 ) -> Sequence[str | None]: # the same
     "Raises `InputError` for anything but so many answers."
     if not isinstance(replies, (list, tuple)):
-        raise InputError(f"the target gave {type(replies).__name__} instead of a list of answers", where="run_campaign", fix="see `one_by_one`")
+        raise InputError(f"the target gave {type(replies).__name__} instead of a list of answers", where="run_campaign")
     if len(replies) != count:
         raise InputError(f"the target gave {len(replies)} answers to {count} conversations", where="run_campaign")
     return replies
