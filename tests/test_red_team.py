@@ -1,7 +1,9 @@
 """The engine changes nothing, the log survives anything, the client has manners, and the report counts what is there."""
 import json
 import logging
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
@@ -133,6 +135,60 @@ def test_refuser_and_parrot():
         assert set(broken_payloads(report).values()) == {bool(rate)} and 0 < report.success().high - report.success().low < 0.6
 
 
+@pytest.mark.parametrize(("gives", "message"), [(lambda c: "x" * len(c), "str instead of a list"), (lambda c: None, "NoneType instead"),
+                                                (lambda c: (x for x in "ab"), "generator instead"), (lambda c: ["x"], "1 answers to"),
+                                                (lambda c: [3] * len(c), "a message is text")])
+def test_a_target_that_answers_in_another_form(gives, message):
+    with pytest.raises(InputError, match=message):
+        run_campaign(gives, ALL[:1], PAYLOADS)
+
+
+def test_half_a_pair_in_an_answer(tmp_path):
+    "JSON can carry what UTF-8 can't. A server's answer doesn't end the campaign, and the log gives it back."
+    log, target = tmp_path / "log.jsonl", one_by_one(lambda conversation: "kestrel \udc00\ud800 é🙂")
+    first = run_campaign(target, ALL[:2], PAYLOADS, log=log)
+    assert run_campaign(one_by_one(lambda conversation: 1 / 0), ALL[:2], PAYLOADS, log=log) == first
+    campaign_page(CampaignReport(first)).encode()
+
+
+@pytest.mark.parametrize("line", ['"x"', "3", "null", "[]", "[" * 100_000, '{"attack": "direct", "payload": "zzz", "category": "", "messages": [], "flagged": true}'])
+def test_lines_that_are_no_trial(tmp_path, line):
+    log = tmp_path / "log.jsonl"
+    run_campaign(SimulatedTarget(0), ALL[:1], PAYLOADS, log=log)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    with pytest.raises(InputError, match="no trial"):
+        run_campaign(SimulatedTarget(0), ALL[:1], PAYLOADS, log=log)
+
+
+def test_a_trial_counts_once(tmp_path):
+    "Two processes on one log write some trials twice."
+    log = tmp_path / "log.jsonl"
+    once = run_campaign(SimulatedTarget(0.5), ALL[:3], PAYLOADS, log=log)
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+    log.write_text("".join([*lines, *lines[3:9]]), encoding="utf-8")
+    assert run_campaign(SimulatedTarget(0.5), ALL[:3], PAYLOADS, log=log) == once
+
+
+def test_another_scorer_is_another_campaign(tmp_path):
+    log = tmp_path / "log.jsonl"
+    run_campaign(SimulatedTarget(1), ALL[:1], PAYLOADS, log=log)
+    with pytest.raises(InputError, match="another campaign"):
+        run_campaign(SimulatedTarget(1), ALL[:1], PAYLOADS, names_willingly, log=log)
+
+
+def test_a_marker_without_letters_is_not_in_everything():
+    payload = Payload("a", "word", "", "Shout.", "!!", "")
+    assert names_marker(payload, "Hey!!") and not names_marker(payload, "Hey!")
+
+
+@pytest.mark.parametrize("name", ["$\\frac$", "costs $5 and $6", "a\nb", "x" * 500, "\udc00\u202e", ""])
+def test_names_that_are_no_formulas(name):
+    report = CampaignReport([Trial("direct", "1", name, (Message("user", "?"), Message("assistant", "!")), True)])
+    (shown,) = [label.get_text() for label in campaign_figure(report).axes[0].get_xticklabels()]
+    assert len(shown) < 60 and "\n" not in shown and "$" not in shown.replace("\\$", "")
+    assert campaign_page(report, name).isprintable() or "\n" in campaign_page(report, name)
+
 @pytest.mark.parametrize("names", [[], ["base64"], ["rot13"], ["reversed"], ["spaced"], ["fullwidth"], ["hidden"]])
 def test_scorer_sees_single_disguises(names):
     payload = PAYLOADS[0]
@@ -184,7 +240,7 @@ class Server(BaseHTTPRequestHandler):
         type(self).seen.append((dict(self.headers), json.loads(body)))
         code, headers, reply = self.script.pop(0) if len(self.script) > 1 else self.script[0]
         self.send_response(code)
-        for name, value in {**headers, "Content-Length": str(len(reply))}.items():
+        for name, value in {"Content-Length": str(len(reply)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(reply)
@@ -228,7 +284,7 @@ def test_http_retries_what_passes(server, monkeypatch):
     assert [nap for nap in naps if nap > 0.01] == [7.0, 0.5, 1.0]
 
 
-@pytest.mark.parametrize("code", [400, 401, 403, 404])
+@pytest.mark.parametrize("code", [401, 403, 404])
 def test_http_gives_up_at_once_on_what_stays(server, code):
     mine, url = server
     mine.script[:] = [(code, {}, b"")]
@@ -250,11 +306,80 @@ def test_http_nobody_there(caplog):
         assert HttpTarget("http://127.0.0.1:9", "m", retries=1, pause=0)(HELLO) == [None]
 
 
-@pytest.mark.parametrize("bad", [{"url": "ftp://x"}, {"url": "localhost"}, {"per_second": 0}, {"timeout": 0}, {"retries": -1}, {"workers": 0}])
+@pytest.mark.parametrize("bad", [{"url": "ftp://x"}, {"url": "localhost"}, {"per_second": 0}, {"timeout": 0}, {"retries": -1}, {"workers": 0},
+                                 {"per_second": float("nan")}, {"timeout": float("inf")}, {"pause": float("nan")}, {"url": "http://[::1"}, {"url": "http://x:99999"},
+                                 {"url": "http://a b"}, {"url": "http://localhost/ü"}, {"url": "http://" + "a" * 100}, {"url": "http://:80"}])
 def test_http_bad_settings(bad):
     with pytest.raises(InputError):
         HttpTarget(**{"url": "http://localhost", "model": "m"} | bad)
 
+
+@pytest.mark.parametrize("code", [400, 413, 422])
+def test_http_a_conversation_that_is_not_wanted_ends_alone(server, code, caplog):
+    "Too long, or caught by the provider's filter: the next one may be welcome."
+    mine, url = server
+    mine.script[:] = [(code, {}, b""), GOOD]
+    with caplog.at_level(logging.WARNING, "mmie"):
+        assert HttpTarget(url, "m", workers=1)([*HELLO, *HELLO]) == [None, "hi"] and str(code) in caplog.text
+
+
+@pytest.mark.parametrize(("says", "nap"), [("99999999", 60.0), ("\u00b2", 0.25), ("9" * 400, 0.25), ("-5", 0.25)])
+def test_http_no_server_says_come_back_tomorrow(server, monkeypatch, says, nap):
+    mine, url = server
+    naps = []
+    monkeypatch.setattr("mmie.safety.red_team.time.sleep", naps.append)
+    mine.script[:] = [(429, {"Retry-After": says}, b""), GOOD]
+    assert HttpTarget(url, "m", pause=0.25)(HELLO) == ["hi"] and [n for n in naps if n > 0.01] == [nap]
+
+
+def test_http_the_key_goes_nowhere_else(server):
+    mine, url = server
+    mine.script[:] = [(302, {"Location": url.replace("127.0.0.1", "localhost")}, b"")]
+    with pytest.raises(InputError, match="302"):
+        HttpTarget(url, "m", key="k3y")(HELLO)
+    assert len(mine.seen) == 1
+
+
+@pytest.mark.parametrize("key", ["s3cret\n", "s3\u20acret", "two s3crets"])
+def test_http_a_key_that_is_none_is_not_shown(key):
+    with pytest.raises(InputError) as caught:
+        HttpTarget("http://localhost", "m", key=key)
+    assert key.strip() not in str(caught.value)
+
+
+def test_http_answers_that_do_not_end(server, monkeypatch):
+    mine, url = server
+    monkeypatch.setattr("mmie.safety.red_team._MOST", 1000)
+    mine.script[:] = [(200, {}, b'{"choices": [{"message": {"content": "' + b"x" * 3000)]
+    assert HttpTarget(url, "m", retries=1, pause=0)(HELLO) == [None] and len(mine.seen) == 2
+
+
+def test_http_deep_nesting_is_another_format(server):
+    mine, url = server
+    mine.script[:] = [(200, {}, b"[" * 100_000)]
+    with pytest.raises(InputError, match="chat endpoint"):
+        HttpTarget(url, "m")(HELLO)
+
+
+def test_http_an_answer_cut_short_is_asked_for_again(server):
+    mine, url = server
+    mine.script[:] = [(200, {"Content-Length": "500"}, GOOD[2]), GOOD]
+    assert HttpTarget(url, "m", pause=0)(HELLO) == ["hi"] and len(mine.seen) == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="os.kill would end the tests")
+def test_an_interrupt_waits_for_no_server():
+    "Ctrl-C while a server hangs: out at once, whatever the timeout."
+    import os
+    import signal
+    import socket
+    with socket.create_server(("127.0.0.1", 0)) as silent: # takes connections and says nothing
+        target = HttpTarget(f"http://127.0.0.1:{silent.getsockname()[1]}/", "m", timeout=20, workers=2)
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            target(HELLO * 3)
+        assert time.monotonic() - start < 10
 
 def test_a_whole_campaign_over_http(server):
     mine, url = server
