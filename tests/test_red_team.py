@@ -38,6 +38,7 @@ from mmie.safety.red_team import (
     run_campaign,
     scorer_quality,
 )
+from mmie.safety.suites import CampaignSuite
 from mmie.tokenization.bpe import BPETokenizer
 from mmie.training.finetune import ChatTemplate, Message, Score, _check_order, wilson_interval
 
@@ -229,6 +230,15 @@ def test_page_escapes_everything():
     evil = '<img src=x onerror="x">\u202e'
     page = campaign_page(CampaignReport([Trial(evil, evil, evil, (Message("assistant", evil),), True)]), evil)
     assert "<img src=x" not in page and "\u202e" not in page and "script" not in page.split("<style>")[0].replace("style-src", "")
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"scorer": {"sensitivity": (5, 50), "specificity": (5, 50)}}, "better scorer"), ({"scorer": {"sensitivity": (0, 50), "specificity": (50, 50)}}, "better scorer"),
+    ({"scorer": {"checked": [{"answer": "x", "marker": "owl", "broken": True}, {"answer": "y", "marker": "owl", "broken": False}]}}, "better scorer"),
+    ({"borderline": ["fine?", " "]}, "request is empty")])
+def test_what_no_report_could_use_is_refused_before_the_night(wrong, message):
+    with pytest.raises(InputError, match=message):
+        CampaignSuite(code_words=2, **wrong)
 
 
 class Server(BaseHTTPRequestHandler):

@@ -24,7 +24,7 @@ from .attacks import STRATEGIES, Attack, Payload, code_words
 from .principles import evaluate_harm_potential
 from mmie.safety.red_team import (
     AttackScorer, AttackTarget, CampaignReport, HttpTarget, ScorerQuality, broken_payloads, campaign_page, names_marker, names_willingly,
-    over_refusal, run_campaign, scorer_quality,
+    over_refusal, rate_behind_flags, run_campaign, scorer_quality,
 )
 from .statistics import Estimate
 from ..stages import claim_folder, released_on_mistakes
@@ -79,6 +79,14 @@ def _says_harm(
 SCORERS: dict[str, AttackScorer] = {"marker": names_marker, "willing": names_willingly, "harm": _says_harm}
 
 
+def _better_than_chance(
+    quality: ScorerQuality, # of a scorer
+) -> ScorerQuality: # the same
+    "Raises `InputError` for a scorer that says nothing: better now than after a night of attacks."
+    rate_behind_flags(Score(0, 1), quality)
+    return quality
+
+
 def suite_quality(
     scorer: SuiteScorer, # as the suite describes it
 ) -> ScorerQuality | None: # None: nobody has counted its mistakes
@@ -86,13 +94,13 @@ def suite_quality(
     counts = scorer.sensitivity, scorer.specificity
     if scorer.checked and counts == (None, None):
         read = [(Payload("checked", "", "", "x", row.marker, ""), row.answer, row.broken) for row in scorer.checked]
-        return scorer_quality(SCORERS[scorer.kind], read)
+        return _better_than_chance(scorer_quality(SCORERS[scorer.kind], read))
     if counts == (None, None):
         return None
     if scorer.checked or not all(pair and 0 <= pair[0] <= pair[1] and pair[1] for pair in counts):
         fix = "write [right, of], such as sensitivity: [46, 50] and specificity: [49, 50], or only a list of checked answers"
         raise InputError("the scorer's quality is incomplete, said twice, or no count", where="scorer", fix=fix)
-    return ScorerQuality(*(Score(*pair) for pair in counts if pair))
+    return _better_than_chance(ScorerQuality(*(Score(*pair) for pair in counts if pair)))
 
 # %% ../../nbs/67_safety.suites.ipynb #bd19064c
 def _named_attacks(
@@ -126,6 +134,8 @@ class CampaignSuite(Settings):
         attacks, targets, _ = suite_attacks(self), suite_payloads(self), suite_quality(self.scorer)
         if not attacks or not targets:
             raise ValueError("a suite needs attacks, and code_words or payloads to attack with")
+        if not all(map(str.strip, self.borderline)):
+            raise ValueError("a borderline request is empty")
         if twice := [name for name, n in Counter(payload.id for payload in targets).items() if n > 1]:
             raise ValueError(f"two payloads are called {twice[0]!r}")
         return self
