@@ -11,6 +11,7 @@ import html
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,14 @@ def only_imports(source: str) -> bool:
     return bool(lines) and all(re.match(r"\s*(import|from|#)\s|if TYPE_CHECKING:|\s*$", line) for line in lines)
 
 
-def symbol_bar(names: list[str], target: str, lines: dict[str, int], proofs: dict[str, str]) -> Cell:
+def symbol_bar(names: list[str], target: str, lines: dict[str, int], proofs: dict[str, str], met: list[str]) -> Cell:
     "The line above an exported cell: each name is an anchor, with links to its code in the repository and to its proofs."
     path, bars = module_file(target), []
     for name in names:
         source = f"{settings()['git_url']}/blob/{settings()['branch']}/{path.relative_to(ROOT).as_posix()}#L{lines[name]}"
-        bars.append(f"[[{name}](#{name.lower()})]{{#{name.lower()} .symbol}} [source]({source}) {proofs.get(name, '')}".rstrip())
+        met.append(name.lower())
+        anchor = name.lower() + (f"-{count}" if (count := met.count(name.lower())) > 1 else "") # a class and its function, said twice
+        bars.append(f"[[{name}](#{anchor})]{{#{anchor} .symbol}} [source]({source}) {proofs.get(name, '')}".rstrip())
     return {"cell_type": "markdown", "id": f"names-{names[0]}", "metadata": {}, "source": "::: {.symbols}\n" + "\n\n".join(bars) + "\n:::"}
 
 
@@ -71,6 +74,12 @@ def in_words(found: re.Match[str]) -> str:
     "A picture by itself, whose words Quarto would print below it as a caption."
     words = found[1].replace("\\", "\\\\").replace('"', '\\"')
     return f'![]({found[2]}){{fig-alt="{words}"}}'
+
+
+def beside(heading: re.Match[str], taken: set[str]) -> str:
+    "A heading that is a symbol's name, with an address of its own: the name itself leads to the symbol."
+    name = re.sub(r"\]\(.*?\)|[^\w. -]", "", heading[0]).strip().lower()
+    return f"{heading[0]} {{#on-{name}}}" if name in taken else heading[0]
 
 
 def quiet(output: Cell) -> Cell:
@@ -100,7 +109,8 @@ def described(source: str, outputs: list[Cell]) -> str:
     return f"#| fig-alt: {json.dumps(html.unescape(said), ensure_ascii=False)}\n{source}" if said and "#| fig-alt" not in source else source
 
 
-def polish_cell(cell: Cell, target: str, public: set[str], ids: set[str], lines: dict[str, int], proofs: dict[str, str]) -> list[Cell]:
+def polish_cell(cell: Cell, target: str, public: set[str], ids: set[str], lines: dict[str, int], proofs: dict[str, str],
+                met: list[str]) -> list[Cell]:
     "A cell as the site shows it: none, one, or two with the line that names what it defines."
     source = re.sub(r"^#\|(?! *\S+:).*\n?", "", "".join(cell["source"]), flags=re.M) # nbdev's directives; Quarto's have a colon
     if cell["cell_type"] != "code":
@@ -110,7 +120,7 @@ def polish_cell(cell: Cell, target: str, public: set[str], ids: set[str], lines:
     if only_imports(source):
         source = FOLDED + source
     names = [name for name in definitions(source) if name in public] if cell.get("id") in ids else []
-    bar = [symbol_bar(names, target, lines, proofs)] if names else []
+    bar = [symbol_bar(names, target, lines, proofs, met)] if names else []
     return [*bar, {**cell, "source": described(source, cell["outputs"]), "outputs": merged(cell["outputs"])}]
 
 
@@ -121,7 +131,7 @@ def polish(proc: Path) -> None:
     home, repository = settings()["doc_host"] + settings()["doc_baseurl"], f"{settings()['git_url']}/blob/{settings()['branch']}"
     anchors: dict[str, set[str]] = {}
     for notebook in notebooks.values():
-        target, cells = page_name(notebook), []
+        target, cells, met = page_name(notebook), [], []
         code = module_file(target).read_text(encoding="utf-8") if module_file(target).is_file() else ""
         public = set(ast.literal_eval(found[1])) if (found := re.search(r"^__all__ = (\[.*?\])", code, re.M | re.S)) else set()
         anchors[target] = {name.lower() for name in public}
@@ -130,7 +140,7 @@ def polish(proc: Path) -> None:
         lines = definitions(code)
         ids = set(re.findall(r"^# %% .*#(\w+)$", code, re.M))
         for cell in notebook["cells"]:
-            for new in polish_cell(cell, target, public, ids, lines, proofs):
+            for new in polish_cell(cell, target, public, ids, lines, proofs, met):
                 if cells and all("".join(one["source"]).startswith(FOLDED) and not one["outputs"] for one in (cells[-1], new)):
                     cells[-1]["source"] += "\n" + new["source"].removeprefix(FOLDED)
                 else:
@@ -145,6 +155,7 @@ def polish(proc: Path) -> None:
             for cell in notebook["cells"]:
                 if cell["cell_type"] == "markdown":
                     text = re.sub(rf"\]\({re.escape(home)}/([^)#\s]+)(?:#([^)\s]*))?\)", local, "".join(cell["source"]))
+                    text = re.sub(r"^#+ .*$", partial(beside, taken=anchors[page_name(notebook)]), text, flags=re.M)
                     text = text.replace("](../", f"]({repository}/") # what lies outside the book
                     cell["source"] = re.sub(r"^!\[(.+)\]\(([^)\s]+)\)$", in_words, text, flags=re.M)
         notebook["metadata"]["polished"] = True

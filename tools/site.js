@@ -68,13 +68,14 @@ const prepare = async () => {
   index.addAll(rows);
 };
 const found = query => {
-  const near = hit => hit.heading.toLowerCase() === query ? 1000 : hit.page === "symbol" ? 1.5 : 1;
+  const near = hit => hit.heading.toLowerCase() === query ? 1000 : hit.page === "symbol" ? 1.5 : /^(api|proofs)\./.test(hit.where) ? 0.3 : 1; // lists name everything
   return index.search(query, {boost: {heading: 4}, prefix: true, fuzzy: term => term.length > 4 && !term.includes("_") ? 0.15 : false, combineWith: "AND"})
     .map(hit => ({...hit, rank: hit.score * near(hit)})).sort((a, b) => b.rank - a.rank).slice(0, 30);
 };
 const excerpt = (hit, terms) => { // some words around the first that was found
-  const at = Math.max(0, Math.min(...terms.map(term => hit.text.toLowerCase().indexOf(term)).filter(n => n >= 0)) - 60 || 0);
-  return (at && Number.isFinite(at) ? "…" : "") + hit.text.slice(Number.isFinite(at) ? at : 0).slice(0, 170);
+  const first = Math.min(...terms.map(term => hit.text.toLowerCase().indexOf(term)).filter(n => n >= 0));
+  const at = Number.isFinite(first) && first > 60 ? hit.text.indexOf(" ", first - 60) + 1 : 0;
+  return (at ? "…" : "") + hit.text.slice(at, at + 170);
 };
 const choose = n => {
   const options = [...hits.children];

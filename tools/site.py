@@ -114,11 +114,12 @@ def load(page: Page, folder: Path) -> None:
 
 def convert(page: Page) -> None:
     "The page's Markdown as HTML, with its table of contents."
-    page.toc, _, page.body = pypandoc.convert_text(
+    toc, _, page.body = pypandoc.convert_text(
         page.markdown, "html5", format=MARKDOWN,
         extra_args=["--mathml", "--toc", "--toc-depth=3", "--standalone", f"--template={TOOLS / 'pandoc.html'}", "--wrap=preserve",
                     "--syntax-highlighting=kate", f"--lua-filter={TOOLS / 'site.lua'}", "--metadata=title:x"],
     ).partition("<!--body-->")
+    page.toc = re.sub(r' id="toc-[^"]*"', "", toc) # a page has it twice
 
 
 def write_for_machines(pages: list[Page]) -> None:
