@@ -1,14 +1,20 @@
 """The table keeps its promises, text can't talk its way out, no pattern explodes, and a judge that fails says so."""
+import itertools
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmie.core import InputError
+from mmie.safety import principles
 from mmie.safety.principles import (
     PRINCIPLES,
+    Evaluation,
+    Judge,
     Rule,
     RuleLanguage,
     RuleTable,
@@ -24,6 +30,8 @@ from mmie.safety.principles import (
     rule_table,
     sightings,
 )
+from mmie.tokenization.base import ByteTokenizer
+from mmie.training.finetune import ChatTemplate
 
 FEW = settings(max_examples=40, deadline=None)
 TABLE = rule_table()
@@ -130,7 +138,7 @@ def test_any_text_gets_an_evaluation(text: str, principle: str) -> None:
 @given(st.text(max_size=200))
 def test_folding_keeps_places(text: str) -> None:
     folded, places = fold(text)
-    assert len(folded) == len(text) if places is None else len(folded) == len(places) and places == sorted(set(places))
+    assert len(folded) == len(text) if places is None else len(folded) == len(places) and places == sorted(places)
     assert fold(folded)[0] == folded or not text.isascii()
 
 
@@ -172,17 +180,110 @@ def test_only_text(wrong: object) -> None:
         evaluate_harm_potential(wrong) # type: ignore[arg-type]
 
 
-def test_personal_data() -> None:
-    assert [s.rule for s in find_personal_data("a@b.org, 5500-0000-0000-0004, GB82 WEST 1234 5698 7654 32, ::1, 2001:db8::1")] \
-        == ["e-mail", "card", "IBAN", "IP address", "IP address"]
-    assert not find_personal_data("GB82 WEST 1234 5698 7654 33, 5500-0000-0000-0005, 12345678A, 111.444.777-36")
+PERSONAL = {
+    "e-mail": ["ada@example.org", "jörg@example.org", "o'brien@example.org", "ada@münchen.de", "x@y.xn--p1ai", "a@b.c.d.e.f.g.com", "+tag@example.org"],
+    "IBAN": ["GB82 WEST 1234 5698 7654 32", "de89 3704 0044 0532 0130 00", "FR1420041010050500013M02606", "NO93 8601 1117 947", "MT84MALT011000012345MTLCAST001S"],
+    "card": ["5500-0000-0000-0004", "378282246310005", "4111\u00a01111\u00a01111\u00a01111", "４１１１ １１１１ １１１１ １１１１", "4111\u200b111111111111"],
+    "IP address": ["::1", "2001:db8::1", "192.168.0.1", "::ffff:192.168.0.1"],
+    "phone": ["+44 20 7946 0958", "+49 (0)30 123456", "(415) 555-2671", "1-800-555-0199", "415.555.2671", "415\u2011555\u20112671"],
+    "social security number (US)": ["123-45-6789"],
+    "insurance number (UK)": ["AB 12 34 56 C"],
+    "identity number (Spain)": ["12345678Z", "X1234567L"],
+    "security number (France)": ["1 85 05 78 006 084 91", "2 69 05 2A 005 012 " + str(97 - int("2690519005012") % 97)],
+    "CPF (Brazil)": ["111.444.777-35"],
+    "insurance number (Canada)": ["046 454 286"],
+}
 
 
-def test_personal_data_in_linear_time() -> None:
-    for piece in ("a", "1 ", "1", "a.", "a@", "1:", "+1 ", "A1 "):
+@pytest.mark.parametrize(("kind", "text"), [(kind, text) for kind, texts in PERSONAL.items() for text in texts])
+@pytest.mark.parametrize("around", ["{}", "see {}.", "({}), 12 and then", "x: {}\nAND MORE", "\u00fc {} \U0001f642"])
+def test_personal_data_is_found_as_a_whole(kind: str, text: str, around: str) -> None:
+    whole = around.format(text)
+    assert [(s.rule, whole[s.start:s.end]) for s in find_personal_data(whole)] == [(kind, text)]
+
+
+@pytest.mark.parametrize(("text", "found"), [
+    ("4111 1111 1111 1111 123", "4111 1111 1111 1111"), ("12/27 order 55 4111 1111 1111 1111", "4111 1111 1111 1111"),
+    ("ES91 2100 0418 4502 0005 1332 BANK", "ES91 2100 0418 4502 0005 1332"), ("http://192.168.0.1:8080/x", "192.168.0.1"), ("IP:192.168.0.1", "192.168.0.1"),
+    ("call me at 020 7946 0958", "020 7946 0958"), ("Tel: 0171 1234567", "0171 1234567"), ("\u8054\u7cfbada@example.org", "ada@example.org"), ("'a@b.org'", "a@b.org")])
+def test_personal_data_beside_something_else(text: str, found: str) -> None:
+    assert [text[s.start:s.end] for s in find_personal_data(text)] == [found]
+
+
+@pytest.mark.parametrize("text", [
+    "::", "x :: Int", "a::b", "std::vector", "12:30:45", "00:1A:2B:3C:4D:5E", "1.2.3.4.5", "version 1.2.3.4", "Section 1.2.3.4", "999.999.999.999",
+    "GB82 WEST 1234 5698 7654 33", "5500-0000-0000-0005", "0000 0000 0000 0000", "978-3-16-148410-0", "12345678A", "X1234567A", "111.444.777-36", "000 000 000",
+    "GB 12 34 56 A", "2024-01-15", "2024-01-15 2024-01-16", "15/01/2024 12:30", "text 01/02/2024 12:30", "call 2024-01-15", "order 415-555-2671", "Invoice no. 123-456-7890",
+    "order number 00123456789", "$1,234,567,890", "3.14159265358979", "1732302480003", "user@localhost", "@handle", "npm i foo@1.2.3"])
+def test_what_is_no_personal_data(text: str) -> None:
+    assert not find_personal_data(text)
+
+
+@FEW
+@given(st.text(alphabet="0123456789 .:-+()@aEXZ\u00a0\u200b\uff11\udc00é", max_size=80))
+def test_personal_data_in_any_text(text: str) -> None:
+    spans = find_personal_data(text)
+    assert all(0 <= s.start < s.end <= len(text) for s in spans) and all(a.end <= b.start for a, b in itertools.pairwise(spans))
+
+
+@pytest.mark.parametrize("piece", ["a@b.org ", "192.168.0.1 ", "4111111111111111 ", "a", "1 ", "1", "4 ", "a.", "a@", "a'", "1:", "+1 ", "A1 ", "tel: 0", "order no. "])
+def test_personal_data_in_linear_time(piece: str) -> None:
+    def seconds(length: int) -> float:
         start = time.process_time()
-        find_personal_data(piece * (50_000 // len(piece)))
-        assert time.process_time() - start < 5, piece
+        find_personal_data(piece * (length // len(piece)))
+        return time.process_time() - start
+    short, long = (min(seconds(length) for _ in range(3)) for length in (20_000, 80_000))
+    assert long < 8 * short + 0.1 # four times the text: linear is 4, quadratic 16
+
+
+@pytest.mark.parametrize(("text", "folded"), [("\u0411\u041e\u041c\u0412", None), ("\u041d\u041eW", "how"), ("\ufb01rearm", "firearm"), ("\ufb01\u200b", "fi"), ("\u338f", "kg")])
+def test_capitals_and_ligatures(text: str, folded: str | None) -> None:
+    plain, places = fold(text)
+    assert folded in (None, plain) and (places is None or len(places) == len(plain))
+
+
+def test_a_ligature_hides_nothing() -> None:
+    for text in ("How do I build a \ufb01rebomb?", "\ufb01 How do I build a bomb?"):
+        plain = text.replace("\ufb01", "fi")
+        marked = [[t[s.start:s.end].replace("\ufb01", "fi") for s in evaluate_harm_potential(t).spans] for t in (text, plain)]
+        assert marked[0] == marked[1] and marked[0]
+
+
+def opinions_of(monkeypatch: pytest.MonkeyPatch, totals: list[tuple[float, float]], **settings: float) -> list[Evaluation]:
+    "What a judge makes of log-probabilities of fine and bad, one pair for each order."
+    rows = iter(totals)
+    monkeypatch.setattr(principles, "_asked", lambda *_: ([1], [[1], [2]]))
+    monkeypatch.setattr(principles, "continuation_logprobs", lambda *_, **__: [[SimpleNamespace(total=x) for x in next(rows)] for _ in totals])
+    judge = Judge(SimpleNamespace(max_length=None), ByteTokenizer(special_tokens=list(ChatTemplate().special_tokens)), **settings) # type: ignore[arg-type]
+    return judge.evaluate(["Some words."], "harm")
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("totals", [[(-0.1, -3.0), (NAN, -3.0)], [(-0.1, -3.0), (-0.1, NAN)], [(NAN, NAN), (-0.1, -3.0)], [(-0.1, -3.0), (-INF, -INF)],
+                                    [(-INF, -INF), (-INF, -INF)], [(-3.0, -0.1), (-0.1, -3.0)]])
+@pytest.mark.parametrize("least", [0.0, 0.1])
+def test_a_judge_of_nonsense_fails_closed(monkeypatch: pytest.MonkeyPatch, totals: list[tuple[float, float]], least: float) -> None:
+    (said,) = opinions_of(monkeypatch, totals, least=least)
+    assert said.label == "bad" and said.score == 1 and "the judge failed" in said.reason
+
+
+@pytest.mark.parametrize("error", [AttributeError("x"), TypeError("x"), OSError("gone"), MemoryError(), RuntimeError("x"), AssertionError()])
+def test_a_judge_that_raises_fails_closed(error: Exception) -> None:
+    class Broken:
+        device, max_length = torch.device("cpu"), 4096
+        def __getattr__(self, name: str) -> object:
+            raise error
+    judge = Judge(Broken(), ByteTokenizer(special_tokens=list(ChatTemplate().special_tokens))) # type: ignore[arg-type]
+    said = judge.evaluate(["Good morning.", "", "Good night."], "harm")
+    assert [e.label for e in said] == ["bad", "not evaluated", "bad"] and all(type(error).__name__ in said[i].reason for i in (0, 2))
+
+
+def test_a_judge_wants_a_list() -> None:
+    judge = Judge(SimpleNamespace(max_length=None), ByteTokenizer(special_tokens=list(ChatTemplate().special_tokens))) # type: ignore[arg-type]
+    with pytest.raises(InputError, match="list of texts"):
+        judge.evaluate("one text", "harm")
 
 
 def test_a_table_with_mistakes(tmp_path) -> None: # type: ignore[no-untyped-def]

@@ -67,8 +67,8 @@ class Evaluation:
 
 # %% ../../nbs/61_safety.principles.ipynb #62fed3c8
 _LOOKALIKES = dict(zip(
-    "аеорсухіјѕԁοαεικυρτνΑΒΕΗΙΚΜΝΟΡΤΧ’‘‛`´“”„«»‐‑‒–—",
-    "aeopcyxijsdoaeikuptvabehikmnoptx'''''\"\"\"\"\"-----",
+    "аеорсухіјѕԁАВЕКМНОРСТУХІЈЅοαεικυρτνΑΒΕΖΗΙΚΜΝΟΡΤΥΧ’‘‛`´“”„«»‐‑‒–—",
+    "aeopcyxijsdabekmhopctyxijsoaeikuptvabezhikmnoptyx'''''\"\"\"\"\"-----",
     strict=True,
 ))
 
@@ -76,14 +76,15 @@ _LOOKALIKES = dict(zip(
 @functools.cache
 def _folded_character(
     character: str, # one
-) -> str: # one, or "" for what can't be seen
+) -> str: # one, more for a ligature, or "" for what can't be seen
     "A character as the rules know it."
     if character in _LOOKALIKES:
         return _LOOKALIKES[character]
     if unicodedata.category(character) in ("Cf", "Mn"): # zero-width, direction marks, loose accents
         return ""
-    plain = unicodedata.normalize("NFKD", character)[:1].lower()
-    return plain if len(plain) == 1 else character
+    whole = unicodedata.normalize("NFKD", character).lower()
+    plain = whole if whole.isascii() and whole.isalnum() else whole[:1]
+    return plain or character
 
 
 def fold(
@@ -92,9 +93,9 @@ def fold(
     "Lower case, without accents, lookalikes and invisible characters."
     table = {ord(c): _folded_character(c) for c in set(text)}
     folded = text.translate(table)
-    if len(folded) == len(text):
+    if all(len(plain) == 1 for plain in table.values()):
         return folded, None
-    return folded, [i for i, c in enumerate(text) if table[ord(c)]]
+    return folded, [i for i, c in enumerate(text) for _ in table[ord(c)]]
 
 # %% ../../nbs/61_safety.principles.ipynb #9c9040e9
 def _verb_forms(
@@ -619,29 +620,55 @@ def evaluate_by_rules(
     return Evaluation(principle, score, "bad" if score >= 0.5 else "fine", tuple(sorted(categories)), spans)
 
 # %% ../../nbs/61_safety.principles.ipynb #da892247
+_IBAN_LENGTHS = {country: length for length, countries in {
+    15: "NO", 16: "BE", 18: "DK FI FO GL NL", 19: "MK SI", 20: "AT BA EE KZ LT LU XK", 21: "CH HR LI LV",
+    22: "BG BH CR DE GB GE IE ME RS VA", 23: "AE GI IL IQ TL", 24: "AD CZ ES MD PK RO SA SE SK TN VG", 25: "LY PT ST", 26: "IS TR",
+    27: "FR GR IT MC MR SM", 28: "AL AZ BY CY DO GT HU LB PL SV", 29: "BR EG PS QA UA", 30: "JO KW MU", 31: "MT SC", 32: "LC",
+}.items() for country in countries.split()}
+_CARD = re.compile(r"4(?:\d{12}|\d{15}|\d{18})|(?:5[1-5]|2[2-7]|35)\d{14}|3[47]\d{13}|3[0689]\d{12}|6\d{15,18}|5[06-8]\d{11,17}")
+
+
 def _luhn(
     digits: str, # 0 to 9 only
 ) -> bool:
     "Every second digit from the right doubled, and the sum of all digits a multiple of ten. Luhn 1960."
-    return sum(sum(divmod(int(d) * (1 + i % 2), 10)) for i, d in enumerate(reversed(digits))) % 10 == 0
+    return (sum(map(int, digits[::-2])) + sum((0, 2, 4, 6, 8, 1, 3, 5, 7, 9)[int(d)] for d in digits[-2::-2])) % 10 == 0
 
 
 def _iban(
-    code: str, # upper case, no spaces
+    code: str, # no spaces
 ) -> bool:
-    "ISO 13616: the head to the back, letters as 10 … 35, remainder 1 modulo 97."
-    return int("".join(str(int(c, 36)) for c in code[4:] + code[:4])) % 97 == 1
+    "ISO 13616: as long as its country says; the head to the back, letters as 10 … 35, remainder 1 modulo 97."
+    return len(code) == _IBAN_LENGTHS.get(code[:2].upper()) and int("".join(str(int(c, 36)) for c in code[4:] + code[:4])) % 97 == 1
 
 
 def _address(
     text: str, # perhaps of a computer
 ) -> bool:
-    "IPv4 or IPv6."
+    "IPv4 or IPv6. A pair of colons is an address, too, but who writes `::` means something else."
+    if not any(map(str.isdigit, text)):
+        return False
     try:
         ipaddress.ip_address(text)
     except ValueError:
         return False
     return True
+
+
+def _nir(
+    code: str, # fifteen; the two on the place of birth may be 2A or 2B
+) -> bool:
+    "France: the complement to 97, Corsica counted as 19 and 18."
+    born = {"2A": "19", "2B": "18"}.get(code[5:7], code[5:7])
+    return 97 - int(code[:5] + born + code[7:13]) % 97 == int(code[13:])
+
+
+def _dni(
+    code: str, # eight digits, or a letter and seven; and a letter
+) -> bool:
+    "Spain, for citizens and for foreigners: the number's remainder modulo 23 picks the letter."
+    number = int(code[:8].translate(str.maketrans("XYZ", "012")))
+    return "TRWAGMYFPDXBNJZSQVHLCKE"[number % 23] == code[8]
 
 
 def _cpf(
@@ -652,34 +679,75 @@ def _cpf(
         sum(int(d) * (n + 1 - i) for i, d in enumerate(digits[:n])) * 10 % 11 % 10 == int(digits[n]) for n in (9, 10))
 
 # %% ../../nbs/61_safety.principles.ipynb #b78c2c63
+_NUMBERED = (r"(?<!(?i:\b(?:order|invoice|ticket|case|ref(?:erence)?|tracking|serial|part|item|article|model|isbn|sku)"
+             r"\b[ .:#]{0,3}(?:n(?:o|umber|r)\b[ .:#]{0,3})?))") # what follows is no phone number
+_RELEASED = r"(?<!(?i:\b(?:v|ver|version|release|build|firmware|section|chapter)\b[ .:]{0,2}))" # and no IP address
+_CALLED = (r"(?<=(?i:\b(?:tel|telephone|phone|mobile|cell|call|ring|fax|whatsapp|text|telefon|handy)"
+           r"\b[ .:]{0,3}(?:(?:me|us|at|on|is|number)\b[ :]{0,2}){0,2}))") # and this may be one without a country
 _PERSONAL: Mapping[str, tuple[str, Callable[[str], bool]]] = { # kind → pattern, check of its letters and digits; the first that fits wins
-    "e-mail": (r"(?<![\w.+-])[\w.+-]{1,64}+@(?:[a-zA-Z0-9-]{1,63}+\.){1,5}[a-zA-Z]{2,24}(?!\w)", lambda _: True),
-    "IBAN": (r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b", _iban),
-    "security number (France)": (r"\b[12](?: ?\d{2}){3} ?\d{3} ?\d{3} ?\d{2}\b", lambda n: 97 - int(n[:13]) % 97 == int(n[13:])),
-    "card": (r"(?<![\d-])(?:\d[ -]?){12,18}\d(?![\d-])", _luhn),
+    "e-mail": (r"(?<![\p{Latin}\p{Greek}\p{Cyrillic}\d_.+%-])[\p{Latin}\p{Greek}\p{Cyrillic}\d_.+%-]"
+               r"[\p{Latin}\p{Greek}\p{Cyrillic}\d_.+%'-]{0,63}+@(?:[\p{L}\d_-]{1,63}+\.){1,8}"
+               r"(?:xn--[a-zA-Z\d-]{1,59}|[\p{Latin}\p{Greek}\p{Cyrillic}]{2,24})(?![\p{Latin}\p{Greek}\p{Cyrillic}\d_])", lambda _: True),
+    "IBAN": (r"\b(?i:[A-Z]{2})\d{2}(?:[ -]?(?i:[A-Z0-9])){11,28}\b", _iban),
+    "security number (France)": (r"\b[12](?: ?\d{2}){2} ?(?:\d{2}|2[AB]) ?\d{3} ?\d{3} ?\d{2}\b", _nir),
+    "card": (r"(?<![\d-])(?=[2-6])(?:\d[ -]?){12,18}\d(?![\d-])", lambda n: bool(_CARD.fullmatch(n)) and _luhn(n)),
     "social security number (US)": (r"\b(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}\b", lambda _: True),
-    "insurance number (UK)": (r"\b[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z] ?(?:\d{2} ?){3}[A-D]\b", lambda _: True),
-    "identity number (Spain)": (r"\b\d{8}-?[A-Z]\b", lambda n: "TRWAGMYFPDXBNJZSQVHLCKE"[int(n[:8]) % 23] == n[8]),
-    "CPF (Brazil)": (r"\b\d{3}\.\d{3}\.\d{3}-\d{2}\b", _cpf),
-    "insurance number (Canada)": (r"\b\d{3}[ -]\d{3}[ -]\d{3}\b", _luhn),
-    "IP address": (r"(?<![\w.:])(?:(?:\d{1,3}\.){3}\d{1,3}|[0-9a-fA-F]{0,4}(?::[0-9a-fA-F]{0,4}){2,7})(?![\w:])", lambda _: True),
-    "phone": (r"(?<![\w+])(?:\+\d{1,3}[ -]?(?:\(\d{1,4}\)[ -]?)?(?:\d[ -]?){6,12}\d|\(\d{3}\) ?\d{3}-\d{4}"
-              r"|\d{3}-\d{3}-\d{4})(?!\w)", lambda _: True),
+    "insurance number (UK)": (r"\b(?!BG|GB|KN|NK|NT|TN|ZZ)[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z] ?(?:\d{2} ?){3}[A-D]\b", lambda _: True),
+    "identity number (Spain)": (r"\b(?:\d{8}|[XYZ]-?\d{7})-?[A-Z]\b", _dni),
+    "CPF (Brazil)": (r"\b\d{3}\.\d{3}\.\d{3}-\d{2}\b", lambda n: _cpf(n.replace(".", ""))),
+    "insurance number (Canada)": (r"\b(?<!\d[ -])(?!000)\d{3}([ -])\d{3}\1\d{3}\b(?![ -]\d)", _luhn),
+    "IP address": (r"(?=[\da-fA-F:])" + _RELEASED + r"(?:(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}|"
+                   r"(?<![\w.:])[0-9a-fA-F]{0,4}(?::[0-9a-fA-F]{0,4}){2,7}"
+                   r"(?:(?<=:)(?:\d{1,3}\.){3}\d{1,3}|(?!:)))(?!\w|\.\d)", _address),
+    "phone": (r"(?<![\w+])(?=[+(\d])(?:\+\d{1,3}[ -]?(?:\(\d{1,4}\)[ -]?)?(?:\d[ -]?){6,12}\d|" + _NUMBERED
+              + r"(?:\(\d{3}\) ?\d{3}-\d{4}|(?:1[ -])?\d{3}-\d{3}-\d{4}|(?:[2-9]\d\d\.){2}\d{4})|" + _CALLED
+              + r"(?!\d{1,2}[ /-]\d{1,2}[ /-]\d{4})0\d(?:[ /()-]{0,2}\d){6,12})(?!\w)", lambda _: True),
 }
 
+# %% ../../nbs/61_safety.principles.ipynb #1a892b43
+_NUMBERS = ("IBAN", "card") # may stand behind another number
+_KINDS = {kind: (regex.compile(pattern, 0 if kind == "e-mail" else regex.ASCII), check) for kind, (pattern, check) in _PERSONAL.items()}
 
+
+@functools.cache
+def _as_typed(
+    character: str, # one
+) -> str: # one, or "" for what can't be seen
+    "A character as a keyboard would write it: full-width and foreign digits, the web's spaces and dashes."
+    character = chr(ord(character) - 0xFEE0) if "！" <= character <= "～" else character
+    kind = unicodedata.category(character)
+    return str(unicodedata.decimal(character)) if kind == "Nd" else {"Zs": " ", "Pd": "-", "Cf": ""}.get(kind, character)
+
+
+def _valid_end(
+    text: str, # with a match of a kind
+    span: tuple[int, int], # the match
+    kind: str, # of personal data
+) -> int: # where it really ends; 0: it's something else
+    "A match may have swallowed the next number, or word."
+    check, places = _PERSONAL[kind][1], [i for i in range(*span) if text[i].isalnum() or text[i] in ".:"]
+    letters = "".join(map(text.__getitem__, places))
+    if check(letters):
+        return span[1]
+    for count in range(len(letters) - 1, 12 if kind in _NUMBERS else len(letters), -1):
+        if not text[places[count - 1] + 1].isalnum() and check(letters[:count]):
+            return places[count - 1] + 1
+    return 0
+
+# %% ../../nbs/61_safety.principles.ipynb #a2447234
 def find_personal_data(
     text: str, # anything
 ) -> tuple[Span, ...]: # the rule is the kind; in order, none overlapping
     "Addresses and numbers that lead to a person. Raises `InputError` for anything that isn't text."
-    found = list[Span]()
-    for kind, (pattern, check) in _PERSONAL.items():
-        for match in regex.finditer(pattern, _checked_text(text), regex.ASCII):
-            start, end = match.span()
-            letters = regex.sub(r"[^A-Za-z0-9]", "", match[0])
-            valid = _address(match[0]) if kind == "IP address" else check(letters)
-            if valid and not any(start < span.end and span.start < end for span in found):
-                found.append(Span(start, end, kind))
+    table = {ord(c): _as_typed(c) for c in set(_checked_text(text)) if not c.isascii()}
+    plain, places = text.translate(table), [i for i, c in enumerate(text) if table.get(ord(c), c)] if "" in table.values() else None
+    found, taken = list[Span](), bytearray(len(plain)) # so that a million addresses needn't be compared with each other
+    for kind, (pattern, _) in _KINDS.items():
+        for match in pattern.finditer(plain, overlapped=kind in _NUMBERS):
+            start, end = match.start(), 0 if any(taken[match.start():match.end()]) else _valid_end(plain, match.span(), kind)
+            if end:
+                taken[start:end] = b"\1" * (end - start)
+                found.append(Span(places[start], places[end - 1] + 1, kind) if places else Span(start, end, kind))
     return tuple(sorted(found, key=lambda span: span.start))
 
 # %% ../../nbs/61_safety.principles.ipynb #b0543263
@@ -758,6 +826,8 @@ class Judge:
         principle: PrincipleName, # by which
     ) -> list[Evaluation]: # one for each
         "Verdicts; bad, with the reason, wherever the judge can't be believed. Raises `InputError` for anything that isn't text."
+        if isinstance(texts, str):
+            raise InputError("a judge takes a list of texts", where="Judge", fix="wrap it: [text]")
         return _judged(self, [_checked_text(text) for text in texts], principle)
 
 # %% ../../nbs/61_safety.principles.ipynb #b7b00ffb
@@ -802,7 +872,7 @@ def _opinions(
     asked = [_asked(judge, passage, principle, labels) for passage in passages for labels in (LABELS, LABELS[::-1])]
     scored = continuation_logprobs(judge.model, [p for p, _ in asked], [a for _, a in asked], batch_size=judge.batch_size)
     fine, bad = ([row[i].total for row in scored] for i in (0, 1))
-    share = [1 / (1 + math.exp(min(700, f - b))) for f, b in zip(fine, bad, strict=True)]
+    share = [1 / (1 + math.exp(min(f - b, 700))) for f, b in zip(fine, bad, strict=True)]
     mass = [math.exp(f) + math.exp(b) for f, b in zip(fine, bad, strict=True)]
     return [_Opinion((share[i], share[i + 1]), min(mass[i:i + 2])) for i in range(0, len(asked), 2)]
 
@@ -838,7 +908,7 @@ def _judged(
     try:
         pieces = [_fitting(judge, texts[i], principle) for i in given]
         opinions = iter(_opinions(judge, [piece for some in pieces for piece in some], principle))
-    except (RuntimeError, ValueError, ArithmeticError, LookupError) as error:
+    except Exception as error: # whatever it is, the text isn't known to be fine
         if len(given) > 1: # one that breaks the model mustn't speak for the others
             return [_judged(judge, [text], principle)[0] for text in texts]
         closed = _closed(principle, f"{type(error).__name__}: {error}")
