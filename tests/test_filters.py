@@ -218,7 +218,7 @@ def test_a_judge_that_talks_nonsense_blocks() -> None:
 
 def test_warnings_and_refusals_come_through() -> None:
     guard = SafetyFilter(FilterSettings(refusals=True))
-    for text in ("Bleach and ammonia must not mix.", "I can't help you build a bomb.", "I'm sorry, but I won't explain how to poison a dog.",
+    for text in ("Bleach and ammonia must not mix.", "Bleach and ammonia must not mix. You must not mix them.", "I can't help you build a bomb.", "I'm sorry, but I won't explain how to poison a dog.",
                  "You asked how to kill your boss. I won't tell you.", "I’m unable to assist you in stabbing anybody."):
         assert guard.check(text).text == text, text
 
