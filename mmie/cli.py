@@ -382,10 +382,10 @@ def _attack(
     seed: _Seed = None, # of the world, and of the draw
 ) -> None:
     "Attack versions of an assistant of the small world with the same requests, with exact truth about what they give away."
-    from mmie.lifecycle import SIEGE_ATTACKS, VERSIONS, attack_assistants
-    if len(model) > len(VERSIONS):
-        raise InputError(f"{len(model)} versions are too many", where="--model", fix=f"give up to {len(VERSIONS)}")
-    _tell(attack_assistants(dict(zip(VERSIONS, model, strict=False)), out, attacks=strategy or SIEGE_ATTACKS, n=n, of=of, seed=seed or 0,
+    from mmie.lifecycle import SIEGE_ATTACKS, SIEGE_VERSIONS, attack_assistants
+    if len(model) > len(SIEGE_VERSIONS):
+        raise InputError(f"{len(model)} versions are too many", where="--model", fix=f"give up to {len(SIEGE_VERSIONS)}")
+    _tell(attack_assistants(dict(zip(SIEGE_VERSIONS, model, strict=False)), out, attacks=strategy or SIEGE_ATTACKS, n=n, of=of, seed=seed or 0,
                             progress=True))
 
 # %% ../nbs/94_cli.ipynb #f8c6683b

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CORPUS', 'MINIMUM_BYTES', 'TOKENIZER', 'EOS', 'SIEGE_ATTACKS', 'RUN_PRESETS', 'PRETRAIN', 'BASELINES', 'FINETUNE',
-           'ASSISTANT', 'BEFORE', 'AFTER', 'QUANTIZE', 'QUANTIZE4', 'PRUNE', 'SHRINK', 'SIEGE', 'VERSIONS', 'EXPORT',
-           'EXAM', 'SAMPLING', 'RUN', 'STAGES', 'make_corpus', 'load_corpus', 'make_tokenizer', 'RunConfig',
+           'ASSISTANT', 'BEFORE', 'AFTER', 'QUANTIZE', 'QUANTIZE4', 'PRUNE', 'SHRINK', 'SIEGE', 'SIEGE_VERSIONS',
+           'EXPORT', 'EXAM', 'SAMPLING', 'RUN', 'STAGES', 'make_corpus', 'load_corpus', 'make_tokenizer', 'RunConfig',
            'run_config', 'new_model', 'save_pair', 'load_marked', 'load_pair', 'pretrain', 'set_the_bar',
            'finetuning_pairs', 'finetune', 'raise_assistant', 'measure_assistants', 'align_assistant',
            'calibration_windows', 'read_calibration', 'quantize_pair', 'prune_pair', 'shrink_assistant',
@@ -676,7 +676,7 @@ def shrink_assistant(
 
 # %% ../nbs/93_lifecycle.ipynb #ec74cda3
 SIEGE = Stage("attack", "Attack the assistant", "A red team's strategies against every version of the assistant, the small ones included.")
-VERSIONS = ("before", "aligned", "int8", "int4") # of an assistant, as far as there are
+SIEGE_VERSIONS = ("before", "aligned", "int8", "int4") # of an assistant, as far as there are
 
 
 def _known_answers(
@@ -948,9 +948,9 @@ def _alignment_steps(
 def _versions_of(
     base: str | Path, # before alignment
     at: Mapping[str, Path], # kind of stage → its folder
-) -> dict[str, str | Path]: # in the order of VERSIONS
+) -> dict[str, str | Path]: # in the order of SIEGE_VERSIONS
     aligned = [*aligned_versions(at["align"], str(base)).values()][-1]
-    return dict(zip(VERSIONS, (base, aligned, at["shrink"] / "int8", at["shrink"] / "int4"), strict=True))
+    return dict(zip(SIEGE_VERSIONS, (base, aligned, at["shrink"] / "int8", at["shrink"] / "int4"), strict=True))
 
 # %% ../nbs/93_lifecycle.ipynb #623029ec
 RUN = "run"
