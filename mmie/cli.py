@@ -385,7 +385,8 @@ def _attack(
     from mmie.lifecycle import SIEGE_ATTACKS, SIEGE_VERSIONS, attack_assistants
     if len(model) > len(SIEGE_VERSIONS):
         raise InputError(f"{len(model)} versions are too many", where="--model", fix=f"give up to {len(SIEGE_VERSIONS)}")
-    _tell(attack_assistants(dict(zip(SIEGE_VERSIONS, model, strict=False)), out, attacks=strategy or SIEGE_ATTACKS, n=n, of=of, seed=seed or 0,
+    versions = dict(zip(SIEGE_VERSIONS, model, strict=False))
+    _tell(attack_assistants(versions, out, attacks=strategy or SIEGE_ATTACKS, n=n, of=of, seed=seed or 0,
                             progress=True))
 
 # %% ../nbs/94_cli.ipynb #f8c6683b
