@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def book() -> list[reference.Chapter]:
 def code(source: str, *printed: str, **more: Any) -> dict[str, Any]:
     "A cell that was run."
     outputs = [{"output_type": "stream", "name": "stdout", "text": [line + "\n" for line in printed]}] if printed else []
-    return {"cell_type": "code", "id": f"c{abs(hash(source)) % 10**6}", "metadata": {}, "source": source, "outputs": outputs, **more}
+    return {"cell_type": "code", "id": f"c{zlib.crc32(source.encode()) % 10**6}", "metadata": {}, "source": source, "outputs": outputs, **more}
 
 
 def text(source: str) -> dict[str, Any]:
