@@ -17,7 +17,7 @@ run: $(USE) ## The main job: from nothing to a trained model and its report, in 
 	mmie run --preset tiny --out $(OUT)
 
 test: $(DEV) ## Every check: notebooks, style, types, tests
-	OMP_NUM_THREADS=1 nbdev_test --n_workers 3
+	OMP_NUM_THREADS=1 nbdev_test --n_workers 3 --timing
 	ruff check .
 	mypy
 	OMP_NUM_THREADS=1 pytest --numprocesses 3 --dist loadfile
