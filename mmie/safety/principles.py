@@ -420,11 +420,10 @@ class Excuse:
     spares: tuple[str, ...] = () # and nothing in these
 
 # %% ../../nbs/61_safety.principles.ipynb #13aca7d3
-def _rows(
-    path: Path | None = None, # None: the table of this package
-) -> Mapping[str, Any]: # as in the file
-    "A table's file."
-    return read_mapping(path or Path(str(resources.files("mmie.safety"))) / "rules.yaml")
+@functools.cache
+def _shipped() -> Mapping[str, Any]: # as in the file
+    "The table's file that comes with the package, read once."
+    return read_mapping(Path(str(resources.files("mmie.safety"))) / "rules.yaml")
 
 
 def _typed(
@@ -435,9 +434,9 @@ def _typed(
 
 
 @functools.cache
-def rule_language() -> RuleLanguage: # read once
+def rule_language() -> RuleLanguage: # made once
     "The words that come with the package."
-    return RuleLanguage(_rows()["words"])
+    return RuleLanguage(_shipped()["words"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -459,7 +458,7 @@ class RuleTable:
         path: Path | None = None, # None: the table of this package
     ) -> "RuleTable":
         "A table from its file. Raises `InputError` for mistakes in it."
-        rows = _rows(path)
+        rows: Mapping[str, Any] = read_mapping(path) if path else _shipped()
         language = RuleLanguage(rows["words"]) if path else rule_language()
         excuses = {name: Excuse(**_typed(row)) for name, row in rows["excuses"].items()}
         homonyms = tuple(Homonym(**_typed(row)) for row in rows["homonyms"])
@@ -467,7 +466,7 @@ class RuleTable:
 
 
 @functools.cache
-def rule_table() -> RuleTable: # read once
+def rule_table() -> RuleTable: # made once
     "The table that comes with the package."
     return RuleTable.read()
 
@@ -924,9 +923,9 @@ def evaluate_all(
     *,
     judge: Judge | None = None, # None: by rules
 ) -> list[dict[PrincipleName, Evaluation]]: # for each text, one evaluation a principle
-    "Many texts at once. Raises `InputError` for a single string, or anything in the list that isn't text."
-    if isinstance(texts, str):
-        raise InputError("evaluate_all takes a list of texts", fix="wrap it: [text]")
+    "Many texts at once. Raises `InputError` for what isn't a list, such as a single string, and for anything in it that isn't text."
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise InputError(f"evaluate_all takes a list of texts, not a {type(texts).__name__}", fix="wrap a single text: [text]")
     if judge is None:
         return [{principle: evaluate_by_rules(text, principle) for principle in principles} for text in texts]
     judged = {principle: judge.evaluate(texts, principle) for principle in principles}
