@@ -417,22 +417,26 @@ def automaton_figure(
     for state, row in enumerate(automaton.table):
         for byte in np.nonzero(row >= 0)[0]:
             arrows.setdefault((state, int(row[byte])), []).append(int(byte))
-    fig, ax = figure(width=min(9.0, 1.9 + 1.15 * len(automaton.table)), height=2.4)
+    n, height = len(automaton.table), 2.4
+    width = min(9.0, 1.9 + 1.15 * n)
+    fig, ax = figure(width=width, height=height)
+    ax.set(xlim=(-0.6, n - 0.4), ylim=(-0.7, 1.6))
+    ax.axis("off")
+    steep = (width / (n + 0.2)) / (height / 2.3) # inches of a unit across to those of a unit up: arcs are drawn in inches
     for (a, b), labels in arrows.items():
         bend = 0.0 if b == a + 1 else 0.35 if b > a else -0.35
         tip, tail, curve = ((a - 0.1, 0.17), (a + 0.1, 0.17), 1.6) if a == b else ((b, 0), (a, 0), -bend)
         shrink = 2 if a == b else 14
         look = {"arrowstyle": "->", "connectionstyle": f"arc3,rad={curve}", "shrinkA": shrink, "shrinkB": shrink}
         ax.annotate("", tip, tail, arrowprops=look)
-        height = 0.56 if a == b else 0.08 if not bend else bend * abs(b - a) * 0.72
-        ax.text((a + b) / 2, height, _label(labels), ha="center", va="bottom", fontsize=9)
+        top = 0.48 if a == b else bend / 2 * abs(b - a) * steep
+        gap, side = (-0.08, "top") if top < 0 else (0.08, "bottom")
+        ax.text((a + b) / 2, top + gap, _label(labels), ha="center", va=side, fontsize=9)
     for state, done in enumerate(automaton.accepting):
         ax.plot(state, 0, "o", markersize=26, color=PALETTE[0], markerfacecolor=PAPER, zorder=3)
         if done:
             ax.plot(state, 0, "o", markersize=20, color=PALETTE[0], markerfacecolor=PAPER, zorder=3)
         ax.text(state, 0, str(state), ha="center", va="center", zorder=4)
-    ax.set(xlim=(-0.6, len(automaton.table) - 0.4), ylim=(-0.7, 1.6))
-    ax.axis("off")
     return fig
 
 # %% ../../nbs/37_models.constrained.ipynb #a28ad280
