@@ -356,16 +356,19 @@ def _assess(
     seed: _Seed = None, # of the world, and of the draw
 ) -> None:
     "Count how often an assistant of the small world helps with harm, refuses what is harmless, and answers correctly."
+    from mmie.constitutional.pipeline import VERSIONS
     from mmie.lifecycle import measure_assistants
-    _tell(measure_assistants(dict(zip(_versions(len(model)), model, strict=True)), out, n=n, seed=seed or 0))
+    versions = _versions(model, VERSIONS[::2] if len(model) == 2 else VERSIONS) # two are its first and its last
+    _tell(measure_assistants(versions, out, n=n, seed=seed or 0))
 
 
 def _versions(
-    n: int, # how many
-) -> tuple[str, ...]: # their names
-    if n > 3:
-        raise InputError(f"{n} versions are too many", where="--model", fix="give up to three")
-    return ("before", "fine-tuned", "aligned")[:n] if n != 2 else ("before", "aligned")
+    models: list[str], # of one assistant, in the order of its life
+    names: tuple[str, ...], # what they're called
+) -> dict[str, str]: # name → model
+    if len(models) > len(names):
+        raise InputError(f"{len(models)} versions are too many", where="--model", fix=f"give up to {len(names)}")
+    return dict(zip(names, models, strict=False))
 
 # %% ../nbs/94_cli.ipynb #47daffeb
 @app.command("attack", epilog="Example:  mmie attack --model mmie-tiny-base --model mmie-tiny-aligned --out work/attacked")
@@ -383,11 +386,7 @@ def _attack(
 ) -> None:
     "Attack versions of an assistant of the small world with the same requests, with exact truth about what they give away."
     from mmie.lifecycle import SIEGE_ATTACKS, SIEGE_VERSIONS, attack_assistants
-    if len(model) > len(SIEGE_VERSIONS):
-        raise InputError(f"{len(model)} versions are too many", where="--model", fix=f"give up to {len(SIEGE_VERSIONS)}")
-    versions = dict(zip(SIEGE_VERSIONS, model, strict=False))
-    _tell(attack_assistants(versions, out, attacks=strategy or SIEGE_ATTACKS, n=n, of=of, seed=seed or 0,
-                            progress=True))
+    _tell(attack_assistants(_versions(model, SIEGE_VERSIONS), out, attacks=strategy or SIEGE_ATTACKS, n=n, of=of, seed=seed or 0, progress=True))
 
 # %% ../nbs/94_cli.ipynb #f8c6683b
 _Suite = Annotated[
