@@ -386,7 +386,8 @@ def _attack(
 ) -> None:
     "Attack versions of an assistant of the small world with the same requests, with exact truth about what they give away."
     from mmie.lifecycle import SIEGE_ATTACKS, SIEGE_VERSIONS, attack_assistants
-    _tell(attack_assistants(_versions(model, SIEGE_VERSIONS), out, attacks=strategy or SIEGE_ATTACKS, n=n, of=of, seed=seed or 0, progress=True))
+    versions = _versions(model, SIEGE_VERSIONS)
+    _tell(attack_assistants(versions, out, attacks=strategy or SIEGE_ATTACKS, n=n, of=of, seed=seed or 0, progress=True))
 
 # %% ../nbs/94_cli.ipynb #f8c6683b
 _Suite = Annotated[

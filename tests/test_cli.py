@@ -290,6 +290,25 @@ def test_a_red_team_that_cannot_begin(here: Run, tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "out").exists(), "what was refused leaves no trace"
 
 
+@pytest.mark.parametrize(("command", "count", "names"), [
+    ("assess", 1, ["before"]), ("assess", 2, ["before", "aligned"]), ("assess", 3, ["before", "fine-tuned", "aligned"]),
+    ("attack", 1, ["before"]), ("attack", 2, ["before", "aligned"]), ("attack", 4, ["before", "aligned", "int8", "int4"]),
+])
+def test_versions_have_names(command: str, count: int, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Models are versions in the order in which they're given, and two are the first and the last."
+    from typer.testing import CliRunner
+
+    from mmie import cli, lifecycle
+    seen: list[dict[str, str]] = []
+    for function in ("measure_assistants", "attack_assistants"):
+        monkeypatch.setattr(lifecycle, function, lambda versions, out, **options: seen.append(versions))
+    monkeypatch.setattr(cli, "_tell", lambda finished: None)
+    models = [f"model-{n}" for n in range(count)]
+    done = CliRunner().invoke(cli.app, [command, *(word for model in models for word in ("--model", model)), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert [list(versions.items()) for versions in seen] == [list(zip(names, models, strict=True))]
+
+
 def test_a_killed_red_team_goes_on(here: Run, tmp_path: Path) -> None:
     "Ctrl-C ends it with 130; the same command does the rest, and the log is that of an undisturbed campaign."
     import signal
