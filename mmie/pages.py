@@ -231,7 +231,32 @@ def live_control(
     layout = w.Layout(width="auto", max_width="46em")
     return getattr(w, kind)(**{"description": name, "tooltip": hint, "style": {"description_width": "8em"}, "layout": layout, **options})
 
-# %% ../nbs/05_pages.ipynb #5078dbb9
+# %% ../nbs/05_pages.ipynb #18ad6f68
+_NAME_SLIDERS = """
+const start = tries => {
+  const form = element.closest(".mmie-form");
+  if (!form) return tries && setTimeout(start, 100, tries - 1);
+  const name = () => form.querySelectorAll("[role=slider]:not([aria-label])").forEach(handle => {
+    const label = handle.closest(".widget-inline-hbox").querySelector("label");
+    handle.setAttribute("aria-label", label.textContent || label.title);
+  });
+  new MutationObserver(name).observe(form, {childList: true, subtree: true});
+  name();
+};
+start(100);
+"""
+
+
+def _above(
+    invitation: str, # what to try, in a sentence
+) -> object: # a widget
+    "The first line of a form, and the script that names its sliders, which takes no room."
+    w = widget_library()
+    script = {"output_type": "display_data", "data": {"application/javascript": _NAME_SLIDERS}, "metadata": {}}
+    line = w.HTML(f"<div>{escape(invitation[:1].upper() + invitation[1:])}</div>")
+    return w.VBox([line, w.Output(outputs=(script,), layout=w.Layout(display="none"))])
+
+# %% ../nbs/05_pages.ipynb #d9379086
 def live_form(
     listeners: list[Callable[[], None]], # of the thing: called after each change
     controls: Mapping[str, Any], # what can be turned, by name, from `live_control`
@@ -243,7 +268,7 @@ def live_form(
 ) -> LivePanel: # the widget
     "A form: what to try, controls, a picture. Turning a control changes the thing; changing the thing moves the controls."
     w, setting = widget_library(), False
-    first, view = w.HTML(f"<div>{escape(invitation[:1].upper() + invitation[1:])}</div>"), w.HTML()
+    view = w.HTML()
 
     def show() -> None:
         nonlocal setting
@@ -262,7 +287,7 @@ def live_form(
     for name, control in controls.items(): control.observe(functools.partial(turned, name), "value")
     listeners.append(show)
     show()
-    panel: LivePanel = w.VBox([first, *(rows or controls.values()), view])
+    panel: LivePanel = w.VBox([_above(invitation), *(rows or controls.values()), view], _dom_classes=("mmie-form",))
     return panel
 
 # %% ../nbs/05_pages.ipynb #fce3597d
