@@ -232,7 +232,7 @@ def live_control(
     return getattr(w, kind)(**{"description": name, "tooltip": hint, "style": {"description_width": "8em"}, "layout": layout, **options})
 
 # %% ../nbs/05_pages.ipynb #18ad6f68
-_NAME_SLIDERS = """
+_NAME_SLIDERS = """{
 const start = tries => {
   const form = element.closest(".mmie-form");
   if (!form) return tries && setTimeout(start, 100, tries - 1);
@@ -244,7 +244,7 @@ const start = tries => {
   name();
 };
 start(100);
-"""
+}"""
 
 
 def _above(

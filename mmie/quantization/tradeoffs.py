@@ -668,9 +668,11 @@ def pareto_figure(
     result: Tradeoffs, # with the arms
     arms: Sequence[str], # of it
 ) -> "Figure": # left: predictions; right: competence
-    "What each byte buys: points that nothing beats are joined by a line."
-    from mmie.figures import PALETTE, figure
+    "What each byte buys: a color for each way to save them, and a staircase through the points that nothing beats."
+    from mmie.figures import INK, PALETTE, figure
     fig, axes = figure(2, width=9, height=3.8)
+    ways = ["zeros" if arm.startswith(("half", "2:4", "a quarter")) else "4" if "4" in arm else "8" if "8" in arm else "16" for arm in arms]
+    colors = dict(zip(("8", "4", "zeros", "16"), PALETTE[:3] + PALETTE[4:5], strict=True))
     size = {arm: 100 * sum(result.fact(arm, "bytes")) / sum(result.fact("float32", "bytes")) for arm in arms}
     kl = {arm: max(1e-6, sum(result.fact(arm, "kl")) / len(result.seeds)) for arm in arms}
     undone = {arm: 100 * (1 - arm_rate(result, arm, "right", HARMLESS).value) for arm in arms}
@@ -679,9 +681,10 @@ def pareto_figure(
         for arm in sorted(arms, key=lambda name: (size[name], price[name])):
             if not best or price[arm] < price[best[-1]]:
                 best.append(arm)
-        ax.plot([size[arm] for arm in best], [price[arm] for arm in best], "-", color=PALETTE[4], lw=1, zorder=0)
+        ax.step([*(size[arm] for arm in best), 100], [*(price[arm] for arm in best), price[best[-1]]], "-", where="post", color=INK, lw=1)
         for number, arm in enumerate(arms):
-            ax.plot(size[arm], price[arm], "os^Dv<>P*X"[number % 10], color=PALETTE[number % 6], ms=6, label=arm, ls="")
+            way = ways[number]
+            ax.plot(size[arm], price[arm], "os^Dv<>P*X"[ways[:number].count(way)], color=colors[way], ms=6, label=arm, ls="")
         ax.set(xlabel="bytes, % of float32", ylabel=label)
     axes[0].set_yscale("log")
     axes[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.05), fontsize=7)

@@ -350,7 +350,7 @@ def _walk_row() -> tuple[object, object, tuple[Any, ...]]: # the row, its slider
     "A number to type, a slider over the merges, and three buttons."
     w = widget_library()
     number = live_control("BoundedIntText", "Merges done", "Go to a step.", layout=w.Layout(width="13em"))
-    slider = w.IntSlider(readout=False, layout=w.Layout(flex="1 1 8em", width="auto"))
+    slider = w.IntSlider(readout=False, tooltip="Merges done", layout=w.Layout(flex="1 1 8em", width="auto"))
     film = w.Play(interval=500, repeat=True, layout=w.Layout(display="none"))
     narrow = w.Layout(width="4.5em")
     back, on = (w.Button(description=name, tooltip=f"A merge {more}", layout=narrow) for name, more in (("Back", "less"), ("Next", "more")))
