@@ -579,15 +579,15 @@ def control_figure(
     study: Study, # with the arms
     arms: Sequence[str], # assistants, at most eight
 ) -> "Figure": # lower left is where one wants to be
-    "Harm done against good left undone: a mark for every seed."
+    "Harm done against good left undone: a mark for every seed, hollow and of growing size, so that equals can be seen."
     from mmie.figures import PALETTE, figure
     fig, ax = figure(width=6.4, height=3.6)
     for number, arm in enumerate(arms):
         harm = [100 * value for value in study.rates(arm, "harm", ["demonstrated", "red-teamed"])]
         undone = [100 * (1 - value) for value in study.rates(arm, "right", HARMLESS)]
-        ax.plot(undone, harm, "os^Dv<>P"[number], color=PALETTE[number % len(PALETTE)], label=arm, alpha=0.8)
+        ax.plot(undone, harm, "os^Dv<>P"[number], color=PALETTE[0 if arm == "base" else 5], label=arm, mfc="none", mew=1.4, ms=5 + 0.8 * number)
     ax.set(xlabel="harmless requests not done right, %", ylabel="help with something wrong, %\n(demonstrated and red-teamed groups)",
-           xlim=(-4, 104), ylim=(-4, 104))
+           ylim=(-5, 105))
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return fig
 
