@@ -311,6 +311,26 @@ def test_http_other_formats(server, reply):
         HttpTarget(url, "m")(HELLO)
 
 
+@pytest.mark.parametrize("reply", [b"", b"<html>", b'{"error": {"message": "overloaded"}}', b'{"choices": [{"mess'])
+def test_http_garbage_amid_answers_costs_one_trial(server, reply, caplog):
+    "It's asked for again, and if it stays garbled the others still count: in the log, the report, and when the campaign goes on."
+    mine, url = server
+    garbage = (200, {}, reply)
+    mine.script[:] = [GOOD, garbage, GOOD, garbage, garbage, GOOD]
+    with caplog.at_level(logging.WARNING, "mmie"):
+        assert HttpTarget(url, "m", workers=1, retries=1, pause=0)(HELLO * 4) == ["hi", "hi", None, "hi"] and "after 2 tries" in caplog.text
+    assert len(mine.seen) == 6
+
+
+def test_a_campaign_survives_garbage(server, tmp_path):
+    mine, url = server
+    mine.script[:] = [GOOD, GOOD, *[(200, {}, b"<html>")] * 2, GOOD]
+    target, log = HttpTarget(url, "m", workers=1, retries=1, pause=0), tmp_path / "log.jsonl"
+    trials = run_campaign(target, ALL[:2], PAYLOADS, batch_size=1, log=log)
+    assert [trial.flagged for trial in trials].count(None) == 1
+    assert None not in [trial.flagged for trial in run_campaign(target, ALL[:2], PAYLOADS, batch_size=1, log=log)]
+
+
 def test_http_nobody_there(caplog):
     with caplog.at_level(logging.WARNING, "mmie"):
         assert HttpTarget("http://127.0.0.1:9", "m", retries=1, pause=0)(HELLO) == [None]

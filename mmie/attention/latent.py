@@ -307,13 +307,12 @@ def stored_per_token(
 
 def stored_figure(
     stored: dict[str, tuple[int, int]], # what `stored_per_token` says
-) -> "Figure": # one bar for each variant
-    "What a layer remembers of one word, as bars on a logarithmic scale."
+) -> "Figure": # one dot for each variant
+    "What a layer remembers of one word, on a logarithmic scale."
     fig, ax = figure(width=7, height=2.4)
-    for row, parts in enumerate(stored.values()):
-        ax.barh(row, sum(parts), color=PALETTE[row], height=0.6)
-        ax.text(sum(parts) * 1.1, row, f"{parts[0]:,} + {parts[1]:,}", va="center")
+    for row, (name, parts) in enumerate(stored.items()):
+        ax.plot(sum(parts), row, "o", color=PALETTE[name == "latent"], ms=8)
+        ax.text(sum(parts) * 1.25, row, f"{parts[0]:,} + {parts[1]:,}", va="center")
     ax.set_yticks(range(len(stored)), list(stored))
-    ax.set(xscale="log", xlim=(100, 4e5), xlabel="numbers per word and layer", title="what is remembered")
-    ax.invert_yaxis()
+    ax.set(xscale="log", xlim=(100, 2e5), ylim=(len(stored) - 0.5, -0.5), xlabel="numbers per word and layer", title="what is remembered")
     return fig

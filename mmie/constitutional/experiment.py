@@ -585,7 +585,8 @@ def control_figure(
     for number, arm in enumerate(arms):
         harm = [100 * value for value in study.rates(arm, "harm", ["demonstrated", "red-teamed"])]
         undone = [100 * (1 - value) for value in study.rates(arm, "right", HARMLESS)]
-        ax.plot(undone, harm, "os^Dv<>P"[number], color=PALETTE[0 if arm == "base" else 5], label=arm, mfc="none", mew=1.4, ms=5 + 0.8 * number)
+        look = {"color": PALETTE[0 if arm == "base" else 5], "mfc": "none", "mew": 1.4, "ms": 5 + 0.8 * number}
+        ax.plot(undone, harm, "os^Dv<>P"[number], label=arm, **look)
     ax.set(xlabel="harmless requests not done right, %", ylabel="help with something wrong, %\n(demonstrated and red-teamed groups)",
            ylim=(-5, 105))
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))

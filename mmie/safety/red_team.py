@@ -154,6 +154,7 @@ class HttpTarget:
     per_second: float | None = None # most requests a second; None: no limit
     workers: int = 8 # requests under way at a time
     _pace: _Pace = field(init=False, repr=False, compare=False)
+    _answered: threading.Event = field(default_factory=threading.Event, init=False, repr=False, compare=False) # properly, once
 
     def __post_init__(self) -> None:
         if not _is_web_address(self.url):
@@ -207,6 +208,10 @@ def _side_by_side(
 _MOST = 2**24 # bytes of an answer
 
 
+class _Garbled(Exception):
+    "An answer in another format."
+
+
 class _StaysHere(urllib.request.HTTPRedirectHandler):
     "Goes nowhere else."
 
@@ -234,16 +239,18 @@ def _sent(
     target: HttpTarget, # where to
     conversation: Talk, # what to say
 ) -> str: # the answer
-    "One request. Raises urllib's errors, and `InputError` for an answer in another format."
+    "One request. Raises urllib's errors, and `_Garbled` for an answer in another format."
     body = {"model": target.model, "messages": [{"role": m.role, "content": m.content} for m in conversation],
             "max_tokens": target.max_tokens, "temperature": 0}
     head = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {target.key}"} if target.key else {})
     request = urllib.request.Request(target.url, json.dumps(body).encode(), head)
     raw = _received(request, target.timeout)
     try:
-        return str(json.loads(raw)["choices"][0]["message"]["content"] or "")
+        said = str(json.loads(raw)["choices"][0]["message"]["content"] or "")
     except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
-        raise InputError("the answer has no choices[0].message.content", where=target.url, fix="is this a chat endpoint?") from error
+        raise _Garbled from error
+    target._answered.set()
+    return said
 
 
 def _ask(
@@ -264,6 +271,10 @@ def _ask(
                 fix = "check address, model and key"
                 raise InputError(f"the server says {error.code} {error.reason}", where=target.url, fix=fix) from error
             asked_for = re.fullmatch("[0-9]{1,9}", error.headers.get("Retry-After", ""))
+        except _Garbled as error:
+            if not target._answered.is_set():
+                fix = "is this a chat endpoint?"
+                raise InputError("the answer has no choices[0].message.content", where=target.url, fix=fix) from error
         except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException):
             pass # worth another try
         if attempt < target.retries:
