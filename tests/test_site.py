@@ -174,9 +174,9 @@ def test_chapters_are_polished_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
              {"cell_type": "markdown", "id": "6", "metadata": {}, "source": '![Three "words", said](a.svg)\n\n[line](../mmie/core.py#L3)'}]
     path = tmp_path / "nowhere.ipynb"
     path.write_text(json.dumps({"cells": cells, "metadata": {"widgets": {}}, "nbformat": 4, "nbformat_minor": 5}), encoding="utf-8")
-    polish(tmp_path)
+    polish(tmp_path, {})
     once = path.read_text(encoding="utf-8")
-    polish(tmp_path)
+    polish(tmp_path, {})
     assert path.read_text(encoding="utf-8") == once and "widget" not in once and "text/html" not in once
     _, imports, shown, drawn, text = json.loads(once)["cells"]
     assert imports["source"] == '#| code-fold: true\n#| code-summary: "Imports"\nimport torch\nfrom a import (b,\n    c)'
@@ -203,9 +203,8 @@ def test_quarto_needs_no_package_to_polish() -> None:
 def test_the_sidebar_is_read_as_yaml_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     from reference import sidebar as read
-    config = (ROOT / "_quarto.yml").read_text(encoding="utf-8")
-    contents = yaml.safe_load(config)["website"]["sidebar"]["contents"]
-    assert read(config) == [pair for entry in contents for pair in ([(entry, "")] if isinstance(entry, str) else [(name, entry["section"]) for name in entry["contents"]])]
+    contents = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    assert read(ROOT) == [pair for entry in contents for pair in ([(entry, "")] if isinstance(entry, str) else [(name, entry["section"]) for name in entry["contents"]])]
 
 
 # In the browser

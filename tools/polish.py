@@ -5,26 +5,27 @@ standard library. The source of the library stays in the text, headed by the nam
 repository and to what's proven of them; imports are folded; links between chapters stay within the site; pictures have
 words instead of captions; and no output asks a page to load a script from somewhere else.
 """
-import ast
 import configparser
 import html
 import json
 import re
 import sys
-from functools import partial
+from collections.abc import Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 if sys.version_info < (3, 10): # noqa: UP036 - Quarto may have found another Python than the one that mmie is installed for
     sys.exit(f"The pages need Python 3.10 or newer, and Quarto runs {sys.executable}. Name another: QUARTO_PYTHON=.venv/bin/python")
-from reference import proof_links, read_book
+from reference import proof_links, public_names, read_book, top_level
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDED = '#| code-fold: true\n#| code-summary: "Imports"\n'
 Cell = dict[str, Any]
 
 
-def settings() -> dict[str, str]:
+@cache
+def settings() -> Mapping[str, str]:
     "What settings.ini says: the addresses of the repository and of the site."
     parser = configparser.ConfigParser()
     parser.read(ROOT / "settings.ini", encoding="utf-8")
@@ -40,26 +41,12 @@ def page_name(notebook: dict[str, Any]) -> str:
     return next((found[1] for cell in notebook["cells"] if (found := re.search(r"^output-file: (\S+)", "".join(cell["source"]), re.M))), "")
 
 
-def definitions(code: str) -> dict[str, int]: # each name that a cell or a module defines, and its line
-    try:
-        body = ast.parse(code).body
-    except SyntaxError: # a line for the shell
-        return {}
-    found: dict[str, int] = {}
-    for node in body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            found[node.name] = node.lineno
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        found |= {name.id: node.lineno for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
-    return found
-
-
 def only_imports(source: str) -> bool:
     lines = re.sub(r"\(.*?\)", "", source, flags=re.S).strip().splitlines()
     return bool(lines) and all(re.match(r"\s*(import|from|#)\s|if TYPE_CHECKING:|\s*$", line) for line in lines)
 
 
-def symbol_bar(names: list[str], target: str, lines: dict[str, int], proofs: dict[str, str], met: list[str]) -> Cell:
+def symbol_bar(names: list[str], target: str, lines: dict[str, int], proofs: Mapping[str, str], met: list[str]) -> Cell:
     "The line above an exported cell: each name is an anchor, with links to its code in the repository and to its proofs."
     path, bars = module_file(target), []
     for name in names:
@@ -109,8 +96,7 @@ def described(source: str, outputs: list[Cell]) -> str:
     return f"#| fig-alt: {json.dumps(html.unescape(said), ensure_ascii=False)}\n{source}" if said and "#| fig-alt" not in source else source
 
 
-def polish_cell(cell: Cell, target: str, public: set[str], ids: set[str], lines: dict[str, int], proofs: dict[str, str],
-                met: list[str]) -> list[Cell]:
+def polish_cell(cell: Cell, target: str, ids: set[str], lines: dict[str, int], proofs: Mapping[str, str], met: list[str]) -> list[Cell]:
     "A cell as the site shows it: none, one, or two with the line that names what it defines."
     source = re.sub(r"^#\|(?! *\S+:).*\n?", "", "".join(cell["source"]), flags=re.M) # nbdev's directives; Quarto's have a colon
     if cell["cell_type"] != "code":
@@ -119,28 +105,27 @@ def polish_cell(cell: Cell, target: str, public: set[str], ids: set[str], lines:
         return []
     if only_imports(source):
         source = FOLDED + source
-    names = [name for name in definitions(source) if name in public] if cell.get("id") in ids else []
+    names = [name for name in top_level(source) if name in lines] if cell.get("id") in ids else []
     bar = [symbol_bar(names, target, lines, proofs, met)] if names else []
     return [*bar, {**cell, "source": described(source, cell["outputs"]), "outputs": merged(cell["outputs"])}]
 
 
-def polish(proc: Path) -> None:
+def polish(proc: Path, proofs: Mapping[str, str]) -> None: # name → its proofs, as a link
     "Rewrite the notebooks in a folder, once."
     notebooks = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(proc.glob("*.ipynb"))}
-    proofs = proof_links(read_book(ROOT)) if proc / "proofs.ipynb" in notebooks else {}
     home, repository = settings()["doc_host"] + settings()["doc_baseurl"], f"{settings()['git_url']}/blob/{settings()['branch']}"
     anchors: dict[str, set[str]] = {}
     for notebook in notebooks.values():
         target, cells, met = page_name(notebook), [], []
         code = module_file(target).read_text(encoding="utf-8") if module_file(target).is_file() else ""
-        public = set(ast.literal_eval(found[1])) if (found := re.search(r"^__all__ = (\[.*?\])", code, re.M | re.S)) else set()
-        anchors[target] = {name.lower() for name in public}
+        defined = top_level(code)
+        lines = {name: defined[name].lineno for name in public_names(defined)}
+        anchors[target] = {name.lower() for name in lines}
         if notebook["metadata"].get("polished"):
             continue
-        lines = definitions(code)
         ids = set(re.findall(r"^# %% .*#(\w+)$", code, re.M))
         for cell in notebook["cells"]:
-            for new in polish_cell(cell, target, public, ids, lines, proofs, met):
+            for new in polish_cell(cell, target, ids, lines, proofs, met):
                 if cells and all("".join(one["source"]).startswith(FOLDED) and not one["outputs"] for one in (cells[-1], new)):
                     cells[-1]["source"] += "\n" + new["source"].removeprefix(FOLDED)
                 else:
@@ -164,4 +149,4 @@ def polish(proc: Path) -> None:
 
 
 if __name__ == "__main__" and Path.cwd().name == "_proc": # Quarto runs this in its project's folder; the book itself stays as it is
-    polish(Path.cwd())
+    polish(Path.cwd(), proof_links(read_book(ROOT)) if Path("proofs.ipynb").exists() else {})

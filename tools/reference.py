@@ -112,10 +112,10 @@ def short(parameters: list[str], room: int = 64) -> str:
     return f"({line})"
 
 
-def top_level(tree: ast.Module) -> dict[str, ast.AST]:
-    "What a module defines; of `A, B = 1, 2` each by itself."
-    found: dict[str, ast.AST] = {}
-    for s in tree.body:
+def top_level(code: str) -> dict[str, ast.stmt]:
+    "What a module or a cell defines; of `A, B = 1, 2` each by itself."
+    found: dict[str, ast.stmt] = {}
+    for s in ast.parse(code).body:
         if isinstance(s, ast.FunctionDef | ast.ClassDef):
             found[s.name] = s
         elif isinstance(s, ast.AnnAssign):
@@ -128,16 +128,19 @@ def top_level(tree: ast.Module) -> dict[str, ast.AST]:
     return found
 
 
+def public_names(found: dict[str, ast.stmt]) -> list[str]: # what `top_level` found in a module
+    return ast.literal_eval(found["__all__"].value) if "__all__" in found else []
+
+
 def read_symbols(root: Path, module: str) -> list[Symbol]:
     "The public names of a module in the order of its text."
     file = root.joinpath("mmie", *module.split(".")).with_suffix(".py")
     if not file.exists():
         return []
     code = file.read_text(encoding="utf-8")
-    lines, found = code.splitlines(), top_level(ast.parse(code))
-    public = ast.literal_eval(found["__all__"].value) if "__all__" in found else []
+    lines, found = code.splitlines(), top_level(code)
     symbols = []
-    for name in sorted(public, key=lambda name: found[name].lineno):
+    for name in sorted(public_names(found), key=lambda name: found[name].lineno):
         node, where = found[name], f"{file.relative_to(root).as_posix()}#L{found[name].lineno}"
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             summary = (ast.get_docstring(node) or "").split("\n")[0]
@@ -174,7 +177,7 @@ def best(claims: Iterable[Claim], sentence: str, by: str) -> Claim | None:
 
 def usual_tolerances(root: Path) -> dict[str, str]:
     "What `prove` allows by dtype, read from its module."
-    table = top_level(ast.parse((root / "mmie" / "evidence.py").read_text(encoding="utf-8")))["_TOLERANCES"].value
+    table = top_level((root / "mmie" / "evidence.py").read_text(encoding="utf-8"))["_TOLERANCES"].value
     return {key.attr: f"{value.value:.0e}" for key, value in zip(table.keys, table.values, strict=True)}
 
 
@@ -224,10 +227,10 @@ def new_id(module: str, claim: str, taken: set[str]) -> str:
     return name
 
 
-def sidebar(config: str) -> list[tuple[str, str]]: # each notebook of `_quarto.yml` and its section
+def sidebar(root: Path) -> list[tuple[str, str]]: # each page of `_quarto.yml` and its section
     "Read without a library for YAML: Quarto runs this with a Python that may have none."
-    found, part = [], ""
-    for indent, section, file in re.findall(r"""^( *)- (?:section: ["']?(.*?)["']?|(\S+\.ipynb))$""", config, re.MULTILINE):
+    found, part, config = [], "", (root / "_quarto.yml").read_text(encoding="utf-8")
+    for indent, section, file in re.findall(r"""^( *)- (?:section: ["']?(.*?)["']?|(\S+\.(?:ipynb|q?md)))$""", config, re.MULTILINE):
         part = section or (part if len(indent) > 6 else "")
         if file:
             found.append((file, part))
@@ -237,8 +240,8 @@ def sidebar(config: str) -> list[tuple[str, str]]: # each notebook of `_quarto.y
 def read_book(root: Path = ROOT) -> list[Chapter]:
     "Every notebook of the sidebar, in its order, with its symbols and proofs. Raises `Unproven`."
     book = []
-    for file, part in sidebar((root / "_quarto.yml").read_text(encoding="utf-8")):
-        if file not in MADE:
+    for file, part in sidebar(root):
+        if file.endswith(".ipynb") and file not in MADE:
             cells = json.loads((root / "nbs" / file).read_text(encoding="utf-8"))["cells"]
             title = re.search(r"^# (.+)$", "\n".join(text(c["source"]) for c in cells if c["cell_type"] == "markdown"), re.MULTILINE)
             chapter = Chapter(file, part, title[1] if title else file, cells, [])

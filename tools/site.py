@@ -12,6 +12,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -27,7 +28,7 @@ from nbdev.config import get_config
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 from polish import polish
-from reference import link_proofs, read_book
+from reference import link_proofs, proof_links, read_book, sidebar
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS, PROC, TOOLS = ROOT / "_docs", ROOT / "_proc", ROOT / "tools"
@@ -45,18 +46,6 @@ class Page:
     markdown: str = ""
     body: str = ""
     toc: str = ""
-
-
-def sidebar() -> list[Page]:
-    "The pages in the order of `_quarto.yml`."
-    contents = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
-    pages: list[Page] = []
-    for entry in contents:
-        if isinstance(entry, str):
-            pages.append(Page(entry, ""))
-        else:
-            pages += [Page(name, entry["section"]) for name in entry["contents"]]
-    return pages
 
 
 def image(data: dict[str, str], file: Path, options: dict[str, str]) -> str:
@@ -185,15 +174,15 @@ def relink(body: str, pages: list[Page]) -> str:
     return re.sub(r'href="(?:\./)?([^"#:]+\.(?:ipynb|q?md))(#[^"]*)?"', lambda m: f'href="{targets.get(m[1], m[1])}{m[2] or ""}"', body)
 
 
-def build_without_quarto() -> None:
+def build_without_quarto(proofs: Mapping[str, str]) -> None: # name → its proofs, as a link
     config = get_config()
     refresh_quarto_yml()
     proc_nbs(force=True)
-    polish(PROC)
+    polish(PROC, proofs)
     shutil.rmtree(DOCS, ignore_errors=True)
     for folder in ("images", "fonts"):
         shutil.copytree(ROOT / "nbs" / folder, DOCS / folder)
-    pages = sidebar()
+    pages = [Page(*entry) for entry in sidebar(ROOT)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda page: (load(page, DOCS), convert(page)), pages))
     parts = [(part, list(group)) for part, group in groupby(pages, key=lambda page: page.part)]
@@ -212,7 +201,7 @@ def build_without_quarto() -> None:
 def build_with_quarto() -> None:
     (ROOT / "README.md").touch() # nbdev would write one older than index.ipynb anew, with links that start in nbs/
     subprocess.run(["nbdev_docs"], cwd=ROOT, check=True, env={**os.environ, "QUARTO_PYTHON": sys.executable}) # the one that runs polish.py
-    pages = sidebar()
+    pages = [Page(*entry) for entry in sidebar(ROOT)]
     with TemporaryDirectory() as folder: # Quarto has its own pictures
         for page in pages:
             load(page, Path(folder))
@@ -220,11 +209,12 @@ def build_with_quarto() -> None:
 
 
 def main() -> None:
+    book = read_book(ROOT)
     if shutil.which("quarto"):
         build_with_quarto()
     else:
-        build_without_quarto()
-    link_proofs(DOCS, read_book(ROOT))
+        build_without_quarto(proof_links(book))
+    link_proofs(DOCS, book)
     sys.stdout.write(f"open {(DOCS / 'index.html').relative_to(ROOT)}\n")
 
 
