@@ -10,19 +10,32 @@ import functools
 import heapq
 import importlib
 import itertools
+import mmap
 import operator
 import os
 import pickle
+import tempfile
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ..core import InputError
-from .base import FORKS, AllowedSpecial, BaseTokenizer, Vocabulary, _listed, _several, checked_text, worker_pool
+from mmie.tokenization.base import (
+    FORKS,
+    AllowedSpecial,
+    BaseTokenizer,
+    Vocabulary,
+    _listed,
+    _several,
+    checked_text,
+    map_in_processes,
+    worker_pool,
+)
 from .cache import LRUCache
 from .merges import learn_merges
 from mmie.tokenization.splitting import (
@@ -476,38 +489,122 @@ def _groups(
     if group:
         yield group
 
+# %% ../../nbs/15_tokenization.bpe.ipynb #a921887b
 class _InPieces(Protocol):
-    "What can be sent to a worker."
-    @property
-    def vocab_size(self) -> int:
-        "More than any id."
-
+    "What a worker needs of a tokenizer."
     def _pieces(self, texts: Iterable[str]) -> Iterator[tuple[int, np.ndarray]]:
         "Number of a text, ids of it or of its next part."
 
-_SHARE = 2_000_000 # characters for a worker at a time
-_AT_HAND: dict[int, tuple[_InPieces, Sequence[str]]] = {} # number of a call → tokenizer and texts, for forked workers
-_CALLS = itertools.count()
-
-class _Share(NamedTuple):
-    "Parts of texts."
-    owners: list[int] # numbers of the texts
-    spans: list[tuple[int, int]] # from which character to which
-    parts: list[str] | None # the characters, for a worker that can't find them
+_SHARE = 1_000_000 # characters for a worker at a time, if there are enough of them
+_Share = list[tuple[int, int, int]] # number of a text, from which character to which
 
 def _shares(
     texts: Sequence[str], # any texts
     pattern: str, # how they will be cut
+    workers: int, # processes; each gets a few shares
 ) -> Iterator[_Share]:
     "Work to be given out."
     done = [0] * len(texts) # characters
-    for owners, parts in gather(texts, pattern, _SHARE):
-        spans = []
+    size = min(_SHARE, sum(map(len, texts)) // (4 * workers) + 1)
+    for owners, parts in gather(texts, pattern, size):
+        share = []
         for number, part in zip(owners, parts, strict=True):
-            spans.append((done[number], done[number] + len(part)))
+            share.append((number, done[number], done[number] + len(part)))
             done[number] += len(part)
-        yield _Share(owners, spans, None if FORKS else parts)
+        yield share
 
+def _encode_share(
+    tokenizer: _InPieces, # a BPETokenizer
+    texts: Sequence[str], # all of them
+    share: _Share, # what to encode
+) -> tuple[np.ndarray, list[int]]: # the ids of all parts in a row; how many each of them has
+    "What has to be done."
+    counts = [0] * len(share)
+    pieces = []
+    for number, ids in tokenizer._pieces([texts[owner][start:stop] for owner, start, stop in share]):
+        counts[number] += len(ids)
+        pieces.append(ids)
+    return np.concatenate(pieces), counts
+
+# %% ../../nbs/15_tokenization.bpe.ipynb #6f93a1db
+def _nameless() -> FileIO: # unbuffered
+    "A file for this process and those forked from it."
+    return os.fdopen(os.memfd_create("mmie"), "w+b", 0) if hasattr(os, "memfd_create") else tempfile.TemporaryFile(buffering=0)
+
+class _Job(NamedTuple):
+    "What forked workers are born with."
+    tokenizer: _InPieces # a BPETokenizer
+    texts: Sequence[str] # all of them
+    shares: Sequence[_Share] # what is to be done
+    places: Sequence[int] # bytes of the second file before the ids of each share
+    numbers: FileIO # of the shares
+    results: FileIO # gets the ids
+
+_Done = list[tuple[int, np.ndarray | None, list[int]]] # number of a share; ids, unless they're in the file; how many each part has
+_JOBS: dict[int, _Job] = {} # by number of a call
+_CALLS = itertools.count()
+
+def _places(
+    texts: Sequence[str], # all of them
+    shares: Iterable[_Share], # parts of them
+) -> list[int]: # bytes before the ids of each share; behind the last
+    "Room for an id of four bytes per byte of text."
+    sizes = (sum((stop - start) * (4 if texts[owner].isascii() else 16) for owner, start, stop in share) for share in shares)
+    return list(itertools.accumulate(sizes, initial=0))
+
+# %% ../../nbs/15_tokenization.bpe.ipynb #691dd5e8
+def _take_shares(
+    job: _Job, # what is to be done
+    store: bool, # the ids into the file
+) -> _Done:
+    "Encode shares that nobody else has taken, until there are none."
+    done: _Done = []
+    while number := job.numbers.read(4):
+        at = int.from_bytes(number, "little")
+        ids, counts = _encode_share(job.tokenizer, job.texts, job.shares[at])
+        data, place = ids.view(np.uint8).data, job.places[at]
+        while store and data:
+            written = os.pwrite(job.results.fileno(), data, place)
+            data, place = data[written:], place + written
+        done.append((at, None if store else ids, counts))
+    return done
+
+def _help(
+    call: int, # its number
+    store: bool = True, # the ids into the file
+) -> _Done:
+    "Work in a thread, with memory of its own."
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            return thread.submit(_take_shares, _JOBS[call], store).result()
+        finally:
+            _JOBS[call].numbers.seek(0, os.SEEK_END) # after a mistake or Ctrl-C, nobody shall take another share
+
+def _forked(
+    tokenizer: _InPieces, # a BPETokenizer
+    texts: Sequence[str], # all of them
+    shares: Sequence[_Share], # parts of them
+    workers: int, # processes, this one included
+) -> list[tuple[np.ndarray, list[int]]]: # of each share as `_encode_share` gives it
+    "Encode shares here and in forked workers."
+    *places, size = _places(texts, shares)
+    call = next(_CALLS)
+    with _nameless() as numbers, _nameless() as results:
+        numbers.write(np.arange(len(shares), dtype="<u4").tobytes())
+        numbers.seek(0)
+        _JOBS[call] = _Job(tokenizer, texts, shares, places, numbers, results)
+        try:
+            with worker_pool(workers - 1) as pool:
+                others = [pool.submit(_help, call) for _ in range(workers - 1)]
+                done = [*_help(call, store=False), *itertools.chain.from_iterable(other.result() for other in others)]
+        finally:
+            del _JOBS[call]
+        results.truncate(size + 4) # an empty file can't be mapped
+        stored = np.frombuffer(mmap.mmap(results.fileno(), 0, access=mmap.ACCESS_COPY), np.int32)
+    found = sorted(done, key=operator.itemgetter(0))
+    return [(stored[places[at] // 4:][:sum(counts)] if ids is None else ids, counts) for at, ids, counts in found]
+
+# %% ../../nbs/15_tokenization.bpe.ipynb #70e8a579
 @functools.lru_cache(maxsize=2)
 def _revive(
     pickled: bytes, # a tokenizer
@@ -515,40 +612,22 @@ def _revive(
     "The same tokenizer for all shares of a worker that was not forked."
     return pickle.loads(pickled)
 
-def _encode_share(
-    call: int, # its number
-    pickled: bytes, # the tokenizer; nothing where workers are forked
-    share: _Share, # what to encode
-) -> tuple[np.ndarray, list[int]]: # the ids of all parts in a row; where each part ends
-    "What a worker does."
-    tokenizer, texts = _AT_HAND[call] if share.parts is None else (_revive(pickled), [])
-    places = zip(share.owners, share.spans, strict=True)
-    parts = [texts[number][start:stop] for number, (start, stop) in places] if share.parts is None else share.parts
-    rows: list[list[np.ndarray]] = [[] for _ in parts]
-    for number, ids in tokenizer._pieces(parts):
-        rows[number].append(ids)
-    ends = np.cumsum([sum(map(len, row)) for row in rows]).tolist()
-    joined = np.concatenate([ids for row in rows for ids in row])
-    return joined.astype(np.uint16) if tokenizer.vocab_size <= 1 << 16 else joined, ends
+def _encode_sent(
+    pickled: bytes, # a tokenizer
+    parts: Sequence[str], # a share
+) -> tuple[np.ndarray, list[int]]: # as `_encode_share` gives it
+    "What a worker does that was not forked."
+    return _encode_share(_revive(pickled), parts, [(number, 0, len(part)) for number, part in enumerate(parts)])
 
-def _work(
-    shares: Sequence[_Share], # all of them
-    encode: Callable[[_Share], tuple[np.ndarray, list[int]]], # `_encode_share`, for a worker or for this process
-    workers: int, # processes, this one included
-) -> list[tuple[np.ndarray, list[int]]]: # in order
-    "Workers take shares from the front, and this process from the back, until they meet."
-    first, last = 0, len(shares)
-    given: list[Future[tuple[np.ndarray, list[int]]]] = []
-    own: list[tuple[np.ndarray, list[int]]] = []
-    with worker_pool(workers - 1) as pool:
-        while first < last:
-            if sum(not future.done() for future in given[-2 * workers:]) < 2 * (workers - 1):
-                given.append(pool.submit(encode, shares[first]))
-                first += 1
-            else:
-                last -= 1
-                own.append(encode(shares[last]))
-        return [future.result() for future in given] + own[::-1]
+def _sent(
+    tokenizer: _InPieces, # a BPETokenizer
+    texts: Sequence[str], # all of them
+    shares: Sequence[_Share], # parts of them
+    workers: int, # processes
+) -> Iterator[tuple[np.ndarray, list[int]]]: # of each share as `_encode_share` gives it
+    "Encode shares in workers that start afresh."
+    parts = ([texts[owner][start:stop] for owner, start, stop in share] for share in shares)
+    return map_in_processes(functools.partial(_encode_sent, pickle.dumps(tokenizer)), parts, workers)
 
 def _in_processes(
     tokenizer: _InPieces, # a BPETokenizer
@@ -557,15 +636,9 @@ def _in_processes(
     workers: int, # processes
 ) -> Iterator[tuple[int, np.ndarray]]: # number of a text; ids of it or of its next part
     "Share texts out and put the answers in order."
-    call = next(_CALLS)
-    _AT_HAND[call] = tokenizer, texts
-    try:
-        shares = list(_shares(texts, pattern))
-        encode = functools.partial(_encode_share, call, b"" if FORKS else pickle.dumps(tokenizer))
-        for share, (ids, ends) in zip(shares, _work(shares, encode, workers), strict=True):
-            yield from zip(share.owners, np.split(ids, ends[:-1]), strict=True)
-    finally:
-        del _AT_HAND[call]
+    shares = list(_shares(texts, pattern, workers))
+    for share, (ids, counts) in zip(shares, (_forked if FORKS else _sent)(tokenizer, texts, shares, workers), strict=True):
+        yield from zip((owner for owner, *_ in share), np.split(ids, np.cumsum(counts)[:-1]), strict=True)
 
 # %% ../../nbs/15_tokenization.bpe.ipynb #63d7185b
 _INTERCHANGE = "mmie.tokenization.interchange"
