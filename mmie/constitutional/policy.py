@@ -577,17 +577,17 @@ def preference_figure(
     "Accuracy, and how far both answers' log-probabilities have moved, against the steps."
     from mmie.figures import PALETTE, figure
     fig, (left, right) = figure(ncols=2, width=9, height=3.2)
-    points = {"ls": "none", "marker": "o", "ms": 4}
-    for stats, style, label in ((history.pairs, {"lw": 0.9}, "training"), (history.held_out, points, "held out")):
+    points = {"ls": "none", "ms": 4}
+    for stats, style, marks, label in ((history.pairs, {"lw": 0.9}, ("", ""), "training"), (history.held_out, points, "os", "held out")):
         steps = [s.step for s in stats]
-        left.plot(steps, [100 * s.accuracy for s in stats], color=PALETTE[0], label=label, **style)
-        right.plot(steps, [s.chosen_shift for s in stats], color=PALETTE[0], label=f"chosen, {label}", **style)
-        right.plot(steps, [s.rejected_shift for s in stats], color=PALETTE[1], label=f"rejected, {label}", **style)
+        left.plot(steps, [100 * s.accuracy for s in stats], color=PALETTE[0], marker=marks[0], label=label, **style)
+        right.plot(steps, [s.chosen_shift for s in stats], color=PALETTE[0], marker=marks[0], label=f"chosen, {label}", **style)
+        right.plot(steps, [s.rejected_shift for s in stats], color=PALETTE[1], marker=marks[1], label=f"rejected, {label}", **style)
     right.axhline(0, color="0.6", lw=0.8)
     left.set(xlabel="step", ylabel="pairs ordered like the judge (%)", title="Accuracy", ylim=(0, 102))
     right.set(xlabel="step", ylabel="change of ln π (nats)", title="Where the probability went")
     left.legend()
-    right.legend(fontsize=8)
+    right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return fig
 
 # %% ../../nbs/76_constitutional.policy.ipynb #46ec40f4

@@ -681,8 +681,8 @@ def reliability_figure(
         for at, b in zip(x, result.bins, strict=True):
             ax.plot([at, at], [100 * end for end in b.observed.interval], "-", color=color, lw=1.2)
         ax.plot(x, y, "os^D"[number] + "-", color=color, ms=5, lw=1, label=f"{name} (ECE {result.ece:.1%})")
-    ax.set(xlabel="stated probability, %", ylabel="came true, % with 95 % intervals", title="Does 80 % mean 80 %?", ylim=(-5, 106 + 9 * len(results)))
-    ax.set_yticks(range(0, 101, 20))
+    ax.set(xlabel="stated probability, %", ylabel="came true, % with 95 % intervals", title="Does 80 % mean 80 %?")
+    ax.set(ylim=(-5, 106 + 9 * len(results)), yticks=range(0, 101, 20))
     ax.legend(loc="upper left")
     return fig
 
