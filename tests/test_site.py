@@ -1,4 +1,5 @@
 """The site builds without Quarto, is whole, and works in a browser: from disk, on a phone, in the dark, with the keyboard."""
+import importlib.util
 import json
 import os
 import re
@@ -193,6 +194,26 @@ def test_a_heading_leaves_its_name_to_the_symbol(monkeypatch: pytest.MonkeyPatch
     assert {heading: beside(re.fullmatch(".*", heading), {"prove"}) for heading in given} == given
 
 
+def test_long_lines_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    "What doesn't fit stands further in than its line began; tables keep their columns."
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    spec = importlib.util.spec_from_file_location("site_builder", ROOT / "tools" / "site.py")
+    assert spec and spec.loader
+    builder = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "site_builder", builder)
+    spec.loader.exec_module(builder)
+    anchor = '<a href="#cb1-2" aria-hidden="true" tabindex="-1"></a>'
+    assert builder.hang(f'<span id="cb1-2">{anchor}    x</span>') == f'<span id="cb1-2" style="--in: 4ch">{anchor}    x</span>'
+    def printed(*lines: str) -> list[str]:
+        page = builder.hang('<div class="cell-output stdout">\n<pre><code>' + "\n".join(lines) + "</code></pre>")
+        return re.fullmatch(r".*<code>(.*)</code></pre>", page, re.DOTALL)[1].split("\n")
+    assert printed("✓ <i>one</i>   max", "✓ two   max", "  a &lt; b") == [
+        "<span>✓ <i>one</i>   max</span>", "<span>✓ two   max</span>", '<span style="--in: 2ch">  a &lt; b</span>']
+    long = "loss " * 30 + "!"
+    assert printed("name   size", "a         1", "", long) == [
+        "<span class=row>name   size</span>", "<span class=row>a         1</span>", "<span class=row></span>", f"<span>{long}</span>"]
+
+
 def test_quarto_needs_no_package_to_polish() -> None:
     "It runs polish.py with whichever Python it finds."
     done = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import polish"],
@@ -219,6 +240,8 @@ def page(browser: Any) -> Iterator[Any]:
 
 SIDEWAYS = """() => {
   const wide = document.documentElement.scrollWidth, here = innerWidth;
+  const cut = [...document.querySelectorAll("pre.sourceCode")].filter(e => e.scrollWidth > e.clientWidth + 1);
+  if (cut.length) return cut.slice(0, 3).map(e => "cut: " + e.innerText.slice(0, 160));
   if (wide <= here) return [];
   return [...document.querySelectorAll("main *")].filter(e => e.getBoundingClientRect().right > here + 1 && !e.closest("pre, .scroll, .html-output, .equation, .formula"))
     .slice(0, 3).map(e => e.outerHTML.slice(0, 160)).concat(`${wide} px`);
@@ -309,8 +332,8 @@ def test_pages_read_without_javascript(browser: Any, site: Path) -> None:
     context.close()
 
 
-@pytest.mark.parametrize("name", ["index.html", "evidence.html", "proofs.html"])
-@pytest.mark.parametrize(("scheme", "rules"), [("light", {}), ("dark", {"runOnly": ["color-contrast"]})], ids=["light", "dark"])
+@pytest.mark.parametrize("name", ["index.html", "evidence.html", "proofs.html", "api.html", "hour.html"])
+@pytest.mark.parametrize(("scheme", "rules"), [("light", {}), ("dark", {"runOnly": ["color-contrast", "link-in-text-block"]})], ids=["light", "dark"])
 def test_nothing_shuts_readers_out(page: Any, site: Path, name: str, scheme: str, rules: dict[str, Any]) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core is not installed")
     if not (site / name).exists():

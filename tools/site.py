@@ -33,6 +33,7 @@ from reference import link_proofs, proof_links, read_book, sidebar
 ROOT = Path(__file__).resolve().parent.parent
 DOCS, PROC, TOOLS = ROOT / "_docs", ROOT / "_proc", ROOT / "tools"
 MARKDOWN = "markdown+emoji-implicit_figures" # what Quarto reads, so that both see the same lists
+COLUMNS = re.compile(r"(?![✓✗]).*?(?:\S {3,}\S|\S {2,}\S.*\S {2,}\S)") # in a line that was printed
 ASSETS = ("site.css", "site.js", "theme.js", "vendor/minisearch.js", "vendor/minisearch.LICENSE.txt")
 
 
@@ -174,6 +175,22 @@ def relink(body: str, pages: list[Page]) -> str:
     return re.sub(r'href="(?:\./)?([^"#:]+\.(?:ipynb|q?md))(#[^"]*)?"', lambda m: f'href="{targets.get(m[1], m[1])}{m[2] or ""}"', body)
 
 
+def hang(page: str) -> str:
+    "Each line of code, and each that was printed, as an element, so that what doesn't fit on it can stand further in than it began."
+    def code(line: re.Match[str]) -> str:
+        return f'{line[1]} style="--in: {len(line[3])}ch"{line[2]}{line[3]}'
+    def printed(said: re.Match[str]) -> str: # no line of a table is broken, unless it's a sentence
+        lines = said[2].split("\n")
+        texts = [html.unescape(re.sub(r"<.*?>", "", line)) for line in lines]
+        columns = [bool(COLUMNS.match(text)) for text in texts]
+        rows = [sum(columns) > 1 and len(text) < (180 if column else 90) for text, column in zip(texts, columns, strict=True)]
+        starts = [" class=row" if row else f' style="--in: {n}ch"' if (n := len(text) - len(text.lstrip(" "))) else ""
+                  for text, row in zip(texts, rows, strict=True)]
+        return said[1] + "\n".join(f"<span{start}>{line}</span>" for start, line in zip(starts, lines, strict=True)) + said[3]
+    page = re.sub(r'(<span id="cb\d+-\d+")(><a [^>]*></a>)( +)', code, page)
+    return re.sub(r'(<div class="cell-output (?:stdout|stderr)">\s*<pre><code>)(.*?)(</code></pre>)', printed, page, flags=re.S)
+
+
 def build_without_quarto(proofs: Mapping[str, str]) -> None: # name → its proofs, as a link
     config = get_config()
     refresh_quarto_yml()
@@ -209,12 +226,14 @@ def build_with_quarto() -> None:
 
 
 def main() -> None:
-    book = read_book(ROOT)
-    if shutil.which("quarto"):
+    book, quarto = read_book(ROOT), shutil.which("quarto")
+    if quarto:
         build_with_quarto()
     else:
         build_without_quarto(proof_links(book))
     link_proofs(DOCS, book)
+    for path in [] if quarto else DOCS.glob("*.html"):
+        path.write_text(hang(path.read_text(encoding="utf-8")), encoding="utf-8")
     sys.stdout.write(f"open {(DOCS / 'index.html').relative_to(ROOT)}\n")
 
 

@@ -6,6 +6,7 @@
 __all__ = ['BPETokenizer', 'merge_steps', 'merge_figure']
 
 # %% ../../nbs/15_tokenization.bpe.ipynb #7320f6f0
+import contextlib
 import functools
 import heapq
 import importlib
@@ -18,7 +19,7 @@ import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from io import FileIO
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -569,16 +570,41 @@ def _take_shares(
         done.append((at, None if store else ids, counts))
     return done
 
+@contextlib.contextmanager
+def _closing_time(
+    job: _Job, # that has an end, one way or the other
+) -> Iterator[None]:
+    "After a mistake or Ctrl-C nobody shall take another share."
+    try:
+        yield
+    finally:
+        job.numbers.seek(0, os.SEEK_END)
+
 def _help(
     call: int, # its number
-    store: bool = True, # the ids into the file
 ) -> _Done:
-    "Work in a thread, with memory of its own."
-    with ThreadPoolExecutor(1) as thread:
-        try:
-            return thread.submit(_take_shares, _JOBS[call], store).result()
-        finally:
-            _JOBS[call].numbers.seek(0, os.SEEK_END) # after a mistake or Ctrl-C, nobody shall take another share
+    "What a forked worker does."
+    job = _JOBS[call]
+    with ThreadPoolExecutor(1) as thread, _closing_time(job):
+        return thread.submit(_take_shares, job, True).result()
+
+# %% ../../nbs/15_tokenization.bpe.ipynb #d49546a4
+def _share_out(
+    job: _Job, # what is to be done
+    workers: int, # processes, this one included
+) -> _Done:
+    "Do a job in this process and in new ones. Raises whatever one of them raises."
+    call = next(_CALLS)
+    done: _Done = []
+    _JOBS[call] = job
+    try:
+        with worker_pool(workers - 1) as pool, ThreadPoolExecutor(1) as thread, _closing_time(job):
+            others = [pool.submit(_help, call) for _ in range(workers - 1)]
+            for one in wait([*others, thread.submit(_take_shares, job, False)], return_when=FIRST_EXCEPTION).done:
+                done += one.result()
+    finally:
+        del _JOBS[call]
+    return sorted(done, key=operator.itemgetter(0))
 
 def _forked(
     tokenizer: _InPieces, # a BPETokenizer
@@ -588,21 +614,13 @@ def _forked(
 ) -> list[tuple[np.ndarray, list[int]]]: # of each share as `_encode_share` gives it
     "Encode shares here and in forked workers."
     *places, size = _places(texts, shares)
-    call = next(_CALLS)
     with _nameless() as numbers, _nameless() as results:
         numbers.write(np.arange(len(shares), dtype="<u4").tobytes())
         numbers.seek(0)
-        _JOBS[call] = _Job(tokenizer, texts, shares, places, numbers, results)
-        try:
-            with worker_pool(workers - 1) as pool:
-                others = [pool.submit(_help, call) for _ in range(workers - 1)]
-                done = [*_help(call, store=False), *itertools.chain.from_iterable(other.result() for other in others)]
-        finally:
-            del _JOBS[call]
+        done = _share_out(_Job(tokenizer, texts, shares, places, numbers, results), workers)
         results.truncate(size + 4) # an empty file can't be mapped
         stored = np.frombuffer(mmap.mmap(results.fileno(), 0, access=mmap.ACCESS_COPY), np.int32)
-    found = sorted(done, key=operator.itemgetter(0))
-    return [(stored[places[at] // 4:][:sum(counts)] if ids is None else ids, counts) for at, ids, counts in found]
+    return [(stored[places[at] // 4:][:sum(counts)] if ids is None else ids, counts) for at, ids, counts in done]
 
 # %% ../../nbs/15_tokenization.bpe.ipynb #70e8a579
 @functools.lru_cache(maxsize=2)
