@@ -12,8 +12,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,6 @@ from .layers import MLP, Block, bend
 from ..quantization.activations import Int8DynamicLinear, integer_kernel, integer_product, quantize_tokens
 from ..quantization.linear import Int8Linear, QuantizedLinear
 from ..quantization.packed import Int4Linear, int4_support
-
-# %% ../../nbs/90_models.compiled.ipynb #c29a213c
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # %% ../../nbs/90_models.compiled.ipynb #dcdf5565
 def row_product(
@@ -127,7 +123,7 @@ class _LastStep(nn.Module):
         super().__init__()
         self.norm, self.head = model.norm, nn.Linear(1, 1, bias=False) if model.head is None else model.head
         if model.head is None: # a head that is tied is the embedding, seen as a layer
-            cast(nn.Linear, self.head).weight = model.embedding.weight
+            self.head.weight = model.embedding.weight
 
     def forward(self, x: Tensor) -> Tensor: # (1, d_model) → (1, vocab)
         return row_layer(self.head, self.norm(x))
@@ -150,11 +146,11 @@ def _weights(step: nn.Module) -> dict[str, Tensor]:
 def _build(
     step: nn.Module, # what to compile
     inputs: Sequence[Tensor], # examples
-    open_: Sequence[dict[int, object] | None], # for each input, the dimensions whose size is left open
+    open_: Sequence[Mapping[int, object] | None], # for each input, the dimensions whose size is left open
 ) -> _Program: # called with weights and inputs
     "Machine code for a step."
     weights = _weights(step)
-    shapes = ({name: None for name in weights}, tuple(open_))
+    shapes = (dict.fromkeys(weights), tuple(open_))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore") # PyTorch warns about itself
         program = torch.export.export(_Lent(step), (weights, *inputs), dynamic_shapes=shapes)
@@ -170,7 +166,7 @@ def cpp_compiler() -> str | None: # its path, None where there is none
 def _check_compiles(model: DecoderLM) -> None:
     "Raises `InputError` for what we can't compile, or not here."
     if not is_plain(model):
-        raise InputError("only a plain Llama on the CPU can be compiled", where="model", fix="use it as it is: model.generate works for all")
+        raise InputError("only a plain Llama on the CPU can be compiled", where="model", fix="use model.generate, which works for all")
     for name, layer in model.named_modules():
         if isinstance(layer, QuantizedLinear) and not isinstance(layer, _COMPILES):
             raise InputError(f"a layer of {layer.kind} can't be compiled", where=name, fix="use int8_weight, int8_dynamic or int4_weight")
@@ -191,7 +187,7 @@ def _compiled(
 ) -> dict[object, _Program]: # by kind
     "All the code that a model needs."
     room, filled = torch.export.Dim("room", min=2), torch.export.Dim("filled", min=2)
-    attn, dtype = cast(Attention, steps[0].block.attention), last.norm.weight.dtype
+    attn, dtype = cast(Attention, steps[0].block.attention), cast(Tensor, last.norm.weight).dtype
     x, turns = torch.zeros(1, model.config.d_model, dtype=dtype), torch.zeros(64, attn.head_dim, dtype=dtype)
     keys, values = torch.zeros(2, 1, attn.n_kv_heads, 64, attn.head_dim, dtype=dtype)
     inputs, open_ = (x, keys, values.clone(), turns, torch.arange(32)), (None, {2: room}, {2: room}, {0: room}, {0: filled})

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['PrincipleName', 'EvaluationLabel', 'PRINCIPLES', 'LABELS', 'QUESTIONS', 'Span', 'Evaluation', 'fold', 'RuleLanguage',
-           'Rule', 'Homonym', 'Excuse', 'rule_language', 'RuleTable', 'rule_table', 'Sighting', 'sightings',
-           'evaluate_by_rules', 'find_personal_data', 'quoted', 'judge_request', 'Judge', 'evaluate_all',
-           'evaluate_harm_potential', 'evaluate_truthfulness', 'evaluate_fairness', 'evaluate_autonomy_manipulation']
+           'Rule', 'Homonym', 'Excuse', 'hint_features', 'sentence_spans', 'Hints', 'rule_language', 'RuleTable',
+           'rule_table', 'Sighting', 'sightings', 'evaluate_by_rules', 'find_personal_data', 'quoted', 'judge_request',
+           'Judge', 'evaluate_all', 'evaluate_harm_potential', 'evaluate_truthfulness', 'evaluate_fairness',
+           'evaluate_autonomy_manipulation']
 
 # %% ../../nbs/61_safety.principles.ipynb #5f43f941
 import functools
 import ipaddress
+import itertools
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from importlib import resources
@@ -419,6 +421,60 @@ class Excuse:
     matches: tuple[str, ...] = () # it excuses something in these
     spares: tuple[str, ...] = () # and nothing in these
 
+# %% ../../nbs/61_safety.principles.ipynb #4a10906d
+_SENTENCE = regex.compile(r"[.!?\n]+[\"')]*(?=\s)|\n")
+_HINT = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[?!]")
+
+
+def hint_features(
+    sentence: str, # folded
+) -> list[str]: # words, then pairs; ^ stands before the first word
+    "What may speak for or against a sentence."
+    words = ["^", *_HINT.findall(sentence)]
+    return words[1:] + [" ".join(pair) for pair in itertools.pairwise(words)]
+
+
+def sentence_spans(
+    text: str, # any
+) -> list[tuple[int, int]]: # from, to; together the whole text
+    "Cut behind each sentence and each line."
+    cuts = [0, *(found.end() for found in _SENTENCE.finditer(text)), len(text)]
+    return [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
+
+# %% ../../nbs/61_safety.principles.ipynb #54b85bc1
+@dataclass(frozen=True, slots=True)
+class Hints:
+    "What words and pairs of neighbors are worth. Raises `InputError` for weights that are no numbers."
+    weights: Mapping[str, float] # of `hint_features`: log-odds for bad
+    bias: float # log-odds where no word says anything
+    trust: float = 1.5 # log-odds by which rules that are certain move them
+    doubt: float = 1.0 # log-odds by which words can speak for innocence
+
+    def __post_init__(self) -> None:
+        numbers = (self.bias, self.trust, self.doubt, *self.weights.values())
+        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+            raise InputError("a weight that isn't a finite number", where="Hints")
+
+    def strongest(
+        self,
+        text: str, # folded
+    ) -> tuple[float, int, int]: # log-odds by words alone, and from where to where
+        "The worst sentence, or two in a row."
+        weighed = list[tuple[float, int, int]]()
+        for start, stop in sentence_spans(text):
+            if found := hint_features(text[start:stop]):
+                weighed.append((self.bias + sum(self.weights.get(feature, 0.0) for feature in found), start, stop))
+        pairs = [(a + b - self.bias, start, stop) for (a, start, _), (b, _, stop) in itertools.pairwise(weighed)]
+        return max(weighed + pairs, default=(self.bias, 0, len(text)))
+
+    def score(
+        self,
+        log_odds: float, # from `strongest`
+        belief: float, # of the rules, 0 to 1
+    ) -> float: # 0 to 1
+        "Words and rules together."
+        return (1 + math.tanh((max(log_odds, -self.doubt) + self.trust * (2 * belief - 1)) / 2)) / 2
+
 # %% ../../nbs/61_safety.principles.ipynb #13aca7d3
 @functools.cache
 def _shipped() -> Mapping[str, Any]: # as in the file
@@ -439,6 +495,13 @@ def rule_language() -> RuleLanguage: # made once
     return RuleLanguage(_shipped()["words"])
 
 
+@functools.cache
+def _shipped_hints() -> Mapping[PrincipleName, Hints]: # read once
+    "The weights of words that come with the package."
+    rows: Mapping[str, Any] = read_mapping(Path(str(resources.files("mmie.safety"))) / "hints.json")
+    return {name: Hints(**rows[name]) for name in PRINCIPLES if name in rows}
+
+
 @dataclass(frozen=True, slots=True)
 class RuleTable:
     "Rules, and what speaks against them."
@@ -446,6 +509,7 @@ class RuleTable:
     homonyms: tuple[Homonym, ...] = () # are blanked out first
     excuses: Mapping[str, Excuse] = field(default_factory=dict) # by name
     language: RuleLanguage = field(default_factory=rule_language) # in which they're written
+    hints: Mapping[PrincipleName, Hints] = field(default_factory=dict) # what words add, for some principles
 
     def __post_init__(self) -> None:
         patterns = [rule.pattern for rule in self.rules] + [homonym.pattern for homonym in self.homonyms]
@@ -457,12 +521,12 @@ class RuleTable:
         cls,
         path: Path | None = None, # None: the table of this package
     ) -> "RuleTable":
-        "A table from its file. Raises `InputError` for mistakes in it."
+        "A table from its file, without hints but for ours. Raises `InputError` for mistakes in it."
         rows: Mapping[str, Any] = read_mapping(path) if path else _shipped()
         language = RuleLanguage(rows["words"]) if path else rule_language()
         excuses = {name: Excuse(**_typed(row)) for name, row in rows["excuses"].items()}
         homonyms = tuple(Homonym(**_typed(row)) for row in rows["homonyms"])
-        return cls(tuple(Rule(**_typed(row)) for row in rows["rules"]), homonyms, excuses, language)
+        return cls(tuple(Rule(**_typed(row)) for row in rows["rules"]), homonyms, excuses, language, {} if path else _shipped_hints())
 
 
 @functools.cache
@@ -494,9 +558,6 @@ def _excused(
     return ""
 
 # %% ../../nbs/61_safety.principles.ipynb #a70c2598
-_SENTENCE = regex.compile(r"[.!?\n]+[\"')]*(?=\s)|\n")
-
-
 def _passages(
     text: str, # anything
     longest: int, # characters
@@ -580,43 +641,70 @@ def _checked_text(
     return text
 
 
+@dataclass(frozen=True, slots=True)
+class _Passage:
+    "A part of a text, as read."
+    folded: str # as rules and hints see it
+    places: Sequence[int] # where each character stands in the original
+    seen: list[Sighting] # with places in the original
+
+
+def _read(
+    text: str, # any
+    principle: PrincipleName, # whose rules
+    table: RuleTable, # with them
+) -> Iterator[_Passage]: # in order
+    "Fold, cut and look. Raises `InputError` for anything that isn't text."
+    folded, places = fold(_checked_text(text))
+    for first, stop in _passages(folded, _PASSAGE):
+        passage, where = folded[first:stop], places[first:stop] if places else range(first, stop)
+        seen = _look(table.language.alphabet.encode(passage), principle, table)
+        tokens = [(where[m.start()], where[m.end() - 1] + 1) for m in _TOKEN.finditer(passage)] if seen else []
+        found = (Sighting(tokens[s.start][0], tokens[s.end - 1][1], s.rule, s.excuse) for s in seen)
+        yield _Passage(passage, where, sorted(found, key=lambda s: (s.start, s.end, s.rule.id)))
+
+
 def sightings(
     text: str, # any
     principle: PrincipleName, # whose rules
     table: RuleTable | None = None, # None: the one that comes with the package
 ) -> list[list[Sighting]]: # for each passage, in order; with places in the text
     "Everything that rules match, with the excuse for what doesn't count. Raises `InputError` for anything that isn't text."
-    table = table or rule_table()
-    folded, places = fold(_checked_text(text))
-    results = list[list[Sighting]]()
-    for first, stop in _passages(folded, _PASSAGE):
-        passage = folded[first:stop]
-        seen = _look(table.language.alphabet.encode(passage), principle, table)
-        spans = [(m.start() + first, m.end() + first - 1) for m in _TOKEN.finditer(passage)] if seen else []
-        if places:
-            spans = [(places[a], places[b]) for a, b in spans]
-        results.append(sorted((Sighting(spans[s.start][0], spans[s.end - 1][1] + 1, s.rule, s.excuse) for s in seen),
-                              key=lambda s: (s.start, s.end, s.rule.id)))
-    return results
+    return [passage.seen for passage in _read(text, principle, table or rule_table())]
 
-# %% ../../nbs/61_safety.principles.ipynb #23b5c300
+# %% ../../nbs/61_safety.principles.ipynb #e5070ffe
+def _weighed(
+    passage: _Passage, # of a text
+    hints: Hints | None, # None: rules alone
+    name: str, # of the hints, in spans
+) -> tuple[float, list[Sighting], list[Span]]: # score; what counted, and all spans
+    "Weigh what rules and words say."
+    held = [seen for seen in passage.seen if not seen.excuse]
+    counted = [] if all(seen.rule.context for seen in held) else held
+    belief, spans = _belief(counted), [Span(seen.start, seen.end, seen.rule.id) for seen in counted]
+    if hints is None:
+        return belief, counted, spans
+    log_odds, start, stop = hints.strongest(passage.folded)
+    score = hints.score(log_odds, belief)
+    if belief < 0.5 <= score:
+        spans.append(Span(passage.places[start], passage.places[stop - 1] + 1, name))
+    return score, counted, spans
+
+
 def evaluate_by_rules(
     text: str, # to be evaluated
     principle: PrincipleName, # by which
     table: RuleTable | None = None, # None: the one that comes with the package
 ) -> Evaluation:
-    "What the rules say. Raises `InputError` for anything that isn't text."
+    "What rules and words say. Raises `InputError` for anything that isn't text."
     if not any(c.isalnum() for c in _checked_text(text)):
         return Evaluation(principle, 0.0, "not evaluated", reason="there are no words in it")
-    score, counted = 0.0, list[Sighting]()
-    for passage in sightings(text, principle, table):
-        held = [seen for seen in passage if not seen.excuse]
-        if not all(seen.rule.context for seen in held):
-            score = max(score, _belief(held))
-            counted += held
-    categories = {seen.rule.category for seen in counted} - {""}
-    spans = tuple(Span(seen.start, seen.end, seen.rule.id) for seen in counted)
-    return Evaluation(principle, score, "bad" if score >= 0.5 else "fine", tuple(sorted(categories)), spans)
+    table = table or rule_table()
+    verdicts = [_weighed(passage, table.hints.get(principle), f"{principle}.words") for passage in _read(text, principle, table)]
+    score = max(score for score, *_ in verdicts)
+    categories = {seen.rule.category for _, counted, _ in verdicts for seen in counted} - {""}
+    spans = sorted((span for *_, some in verdicts for span in some), key=lambda span: (span.start, span.end, span.rule))
+    return Evaluation(principle, score, "bad" if score >= 0.5 else "fine", tuple(sorted(categories)), tuple(spans))
 
 # %% ../../nbs/61_safety.principles.ipynb #da892247
 _IBAN_LENGTHS = {country: length for length, countries in {

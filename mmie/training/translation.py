@@ -723,11 +723,11 @@ class Alignment:
         return [self.source[i] for i in self.weights.argmax(1).tolist()]
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{html.escape(word)}</th>" for word in ("", *self.source))
+        head = "".join(f"<th>{html.escape(word)}</th>" for word in self.source)
         rows = "".join(f"<tr><th>{html.escape(word)}</th>" + "".join(
-            f'<td style="text-align:center;background:rgba(231,115,18,{0.7 * weight:.2f})">{weight:.1f}</td>' for weight in row) + "</tr>"
+            f'<td style="text-align:center;background:rgba(231,115,18,{0.55 * weight:.2f})">{weight:.1f}</td>' for weight in row) + "</tr>"
             for word, row in zip(self.target, self.weights.tolist(), strict=True))
-        return f"<table><tr>{head}</tr>{rows}</table>"
+        return f"<table><tr><td></td>{head}</tr>{rows}</table>"
 
 
 def _by_word(tokenizer: BaseTokenizer, source: list[int], target: list[int], columns: Tensor) -> Alignment:
