@@ -32,6 +32,7 @@ from .attention.masks import window
 from .constitutional.world import load_assistant
 from .core import InputError, seed_everything
 from .measure import Comparison, compare, format_bytes, format_seconds, html_table, peak_memory, tensor_bytes, text_table
+from .models.compiled import CompiledLM
 from .models.decoder import DecoderLM, ModelConfig, next_token_loss
 from .quantization.post_training import Drift, QuantConfig, prediction_drift, quantize
 from .tokenization.bpe import BPETokenizer
@@ -316,6 +317,7 @@ def bench_decode(
     *,
     new: int = 128, # tokens to write
     repeats: int = 3, # rounds of each comparison
+    compiled: bool = False, # one more row where there's one row: ours in machine code
 ) -> Iterator[BenchTable]: # as they are finished
     "Write beside transformers' model with the same weights, in float32 and in bfloat16, one row and thirty-two."
     model = bench_model() if model is None else model
@@ -325,9 +327,11 @@ def bench_decode(
     prompts = torch.randint(model.config.vocab_size, (32, 16)).tolist()
     full, small = (_writers(m, prompts[:1], new, name) for m, name in ((model, ", float32"), (half, ", bfloat16")))
     limits = [_matrices_alone(m, new) for m in (model, half)]
-    yield BenchTable(f"one row, {size}, float32", compare({**full, "its matrices alone": limits[0]}, repeats), new, "tokens")
+    faster = [{"mmie, compiled": partial(CompiledLM(m).generate, prompts[:1], new, temperature=0)} if compiled else {} for m in (model, half)]
+    tables = [{**full, **faster[0], "its matrices alone": limits[0]}, {**small, **faster[1], "its matrices alone": limits[1]}]
+    yield BenchTable(f"one row, {size}, float32", compare(tables[0], repeats), new, "tokens")
     others = {name: call for name, call in full.items() if "transformers" in name}
-    yield BenchTable("one row, bfloat16", compare({**small, **others, "its matrices alone": limits[1]}, repeats), new, "tokens")
+    yield BenchTable("one row, bfloat16", compare({**tables[1], **others}, repeats), new, "tokens")
     many = _writers(model, prompts, new, ", 32 rows")
     work = {name: new * (32 if name in many else 1) for name in (*many, *full)}
     yield BenchTable("thirty-two rows, float32", compare({**many, **full}, repeats), work, "tokens")
@@ -336,6 +340,7 @@ def bench_decode(
 FORMATS: dict[str, QuantConfig] = {
     name: QuantConfig.read(method=name) for name in ("int8_weight", "int8_dynamic", "int8_static", "llm_int8", "int4_weight", "nf4_weight")
 }
+_COMPILED = ("float32", "bfloat16", "int8_weight", "int8_dynamic", "int4_weight") # what `CompiledLM` takes
 
 def wide_model(
     d_model: int = 1024, # width; from here on a matrix is larger than a core's cache
@@ -417,7 +422,7 @@ class FormatTable:
 
 # %% ../nbs/91_bench.ipynb #e85bfda2
 def _write(
-    model: DecoderLM, # ours
+    model: DecoderLM | CompiledLM, # ours
     ids: Tensor, # (1, length)
     new: int, # tokens to add
 ) -> list[list[int]]: # greedy
@@ -507,6 +512,7 @@ def bench_quantization(
     prompt: int = 256, # tokens to read
     repeats: int = 3, # rounds of each comparison
     start: int = 0, # the token that the model's own texts begin with
+    compiled: bool = False, # more rows where tokens are written: ours in machine code
 ) -> Iterator[FormatTable | str]: # as they are finished
     "Decode, read a prompt and multiply in every format, beside other libraries; then what each format costs in bits."
     wide = (model or wide_model(d_model, n_layers)).eval()
@@ -516,7 +522,10 @@ def bench_quantization(
     ids = torch.randint(wide.config.vocab_size, (1, min(prompt, wide.max_length)))
     writing: dict[str, Callable[[], object]] = {name: partial(_write, m, first, new) for name, m in ours.items()}
     writing |= {name: partial(_their_write, m, first, new) for name, m in theirs.items()}
-    yield FormatTable(f"one row, {size}", compare(writing, repeats), new, sizes)
+    fast = {name: CompiledLM(m) for name, m in ours.items() if name.removeprefix("mmie, ") in _COMPILED} if compiled else {}
+    writing |= {f"{name}, compiled": partial(_write, lm, first, new) for name, lm in fast.items()}
+    both = sizes | {f"{name}, compiled": sizes[name] for name in fast} # the same weights
+    yield FormatTable(f"one row, {size}", compare(writing, repeats), new, both)
     reading: dict[str, Callable[[], object]] = {name: partial(_read, m, ids) for name, m in {**ours, **theirs}.items()}
     yield FormatTable(f"a prompt of {ids.shape[1]} tokens", compare(reading, repeats), ids.shape[1], sizes)
     for rows in (1, 64):

@@ -697,11 +697,12 @@ def _bench_decode(
     model: Annotated[Path | None, typer.Option(help="Folder of a decoder; by default one of 11 M parameters.")] = None, # folder
     new: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 128, # tokens
     repeats: _Repeats = 3, # rounds
+    compiled: Annotated[bool, typer.Option("--compile", help="Time ours in machine code as well; takes a minute and a C++ compiler.")] = False, # more rows
 ) -> None:
     "Write beside transformers with the same weights, and beside the time that reading the weights takes."
     from mmie.bench import bench_decode
     from mmie.models.decoder import DecoderLM
-    for table in bench_decode(None if model is None else DecoderLM.load(model), new=new, repeats=repeats):
+    for table in bench_decode(None if model is None else DecoderLM.load(model), new=new, repeats=repeats, compiled=compiled):
         typer.echo(f"{table}\n")
 
 @_bench.command("quantization", epilog="Your own model:  mmie bench quantization --model runs/tiny/finetune")
@@ -713,6 +714,7 @@ def _bench_quantization(
     layers: Annotated[int, typer.Option(min=1, help="Without --model: how many blocks.")] = 8, # blocks
     new: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 64, # tokens
     repeats: _Repeats = 3, # rounds
+    compiled: Annotated[bool, typer.Option("--compile", help="Time ours in machine code as well; takes a minute and a C++ compiler.")] = False, # more rows
 ) -> None:
     """Write, read a prompt and multiply in every format, beside bfloat16, torchao and PyTorch's quantize_dynamic, in turns.
 
@@ -722,7 +724,7 @@ def _bench_quantization(
     from mmie.bench import bench_quantization
     from mmie.models.decoder import DecoderLM
     loaded = None if model is None else DecoderLM.load(model)
-    for table in bench_quantization(loaded, d_model=d_model, n_layers=layers, new=new, repeats=repeats):
+    for table in bench_quantization(loaded, d_model=d_model, n_layers=layers, new=new, repeats=repeats, compiled=compiled):
         typer.echo(f"{table}\n")
 
 @_bench.command("train-step")
