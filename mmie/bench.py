@@ -327,11 +327,12 @@ def bench_decode(
     prompts = torch.randint(model.config.vocab_size, (32, 16)).tolist()
     full, small = (_writers(m, prompts[:1], new, name) for m, name in ((model, ", float32"), (half, ", bfloat16")))
     limits = [_matrices_alone(m, new) for m in (model, half)]
-    faster = [{"mmie, compiled": partial(CompiledLM(m).generate, prompts[:1], new, temperature=0)} if compiled else {} for m in (model, half)]
-    tables = [{**full, **faster[0], "its matrices alone": limits[0]}, {**small, **faster[1], "its matrices alone": limits[1]}]
-    yield BenchTable(f"one row, {size}, float32", compare(tables[0], repeats), new, "tokens")
     others = {name: call for name, call in full.items() if "transformers" in name}
-    yield BenchTable("one row, bfloat16", compare({**tables[1], **others}, repeats), new, "tokens")
+    for what, m, programs, limit in ((f"{size}, float32", model, full, limits[0]), ("bfloat16", half, {**small, **others}, limits[1])):
+        fast: dict[str, Callable[[], object]] = {}
+        if compiled:
+            fast["mmie, compiled"] = partial(_write, CompiledLM(m), torch.tensor(prompts[:1]), new)
+        yield BenchTable(f"one row, {what}", compare({**programs, **fast, "its matrices alone": limit}, repeats), new, "tokens")
     many = _writers(model, prompts, new, ", 32 rows")
     work = {name: new * (32 if name in many else 1) for name in (*many, *full)}
     yield BenchTable("thirty-two rows, float32", compare({**many, **full}, repeats), work, "tokens")

@@ -697,7 +697,7 @@ def _bench_decode(
     model: Annotated[Path | None, typer.Option(help="Folder of a decoder; by default one of 11 M parameters.")] = None, # folder
     new: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 128, # tokens
     repeats: _Repeats = 3, # rounds
-    compiled: Annotated[bool, typer.Option("--compile", help="Time ours in machine code as well; takes a minute and a C++ compiler.")] = False, # more rows
+    compiled: Annotated[bool, typer.Option("--compile", help="Time ours in machine code as well.")] = False, # more rows
 ) -> None:
     "Write beside transformers with the same weights, and beside the time that reading the weights takes."
     from mmie.bench import bench_decode
@@ -714,7 +714,7 @@ def _bench_quantization(
     layers: Annotated[int, typer.Option(min=1, help="Without --model: how many blocks.")] = 8, # blocks
     new: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 64, # tokens
     repeats: _Repeats = 3, # rounds
-    compiled: Annotated[bool, typer.Option("--compile", help="Time ours in machine code as well; takes a minute and a C++ compiler.")] = False, # more rows
+    compiled: Annotated[bool, typer.Option("--compile", help="Time ours in machine code as well.")] = False, # more rows
 ) -> None:
     """Write, read a prompt and multiply in every format, beside bfloat16, torchao and PyTorch's quantize_dynamic, in turns.
 

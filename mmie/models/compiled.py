@@ -23,7 +23,7 @@ from ..attention.multihead import Attention, KVCache
 from ..attention.positions import RotaryEmbedding
 from ..core import InputError
 from .decoder import DecoderCache, DecoderLM, is_plain
-from .generation import generate
+from .generation import Cache, generate
 from .layers import MLP, Block, bend
 from ..quantization.activations import Int8DynamicLinear, integer_kernel, integer_product, quantize_tokens
 from ..quantization.linear import Int8Linear, QuantizedLinear
@@ -248,12 +248,13 @@ class CompiledLM:
     def __call__(
         self,
         ids: Tensor, # (batch, length) long
-        cache: DecoderCache | None = None, # from `new_cache`; extended by this call
+        *,
+        cache: Cache | None = None, # from `new_cache`; extended by this call
         padding: Tensor | None = None, # (batch,) filler tokens at the left of each row
         last_only: bool = False, # logits of the last position only
     ) -> Tensor: # (batch, length or 1, vocab)
         "See `DecoderLM`."
-        return cast(Tensor, self.model(ids, cache=cache, padding=padding, last_only=last_only))
+        return cast(Tensor, self.model(ids, cache=cast("DecoderCache | None", cache), padding=padding, last_only=last_only))
 
     def new_cache(
         self,

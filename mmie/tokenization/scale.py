@@ -24,7 +24,7 @@ import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -362,8 +362,9 @@ def _start_worker(
 def _call_task(
     shard: _Shard, # what to do
 ) -> _Done:
-    "Do a shard in a worker."
-    return _task[0](shard)
+    "Do a shard in a worker, in a thread with memory of its own."
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_task[0], shard).result()
 
 # %% ../../nbs/18_tokenization.scale.ipynb #f70578da
 def _new_pool(
