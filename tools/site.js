@@ -22,7 +22,7 @@ for (const block of $$("div.sourceCode")) {
   });
   block.append(button);
 }
-for (const box of $$("main pre, main .scroll, main .html-output, main .html-output [style*=overflow], main .equation, main .formula")) {
+for (const box of $$("main pre, main .scroll, main .html-output, main .mmie-live, main .html-output [style*=overflow], main .equation, main .formula")) {
   if (box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight) box.tabIndex = 0;
 }
 
