@@ -343,7 +343,7 @@ def _check_text(
 # %% ../../nbs/18_tokenization.scale.ipynb #64a32b3a
 _log = logging.getLogger(__name__)
 _Task = Callable[[_Shard], _Done]
-_task: list[_Task] = [] # a worker's: filled when it starts
+_submit: list[Callable[[_Shard], Future[_Done]]] = [] # to a worker's thread: filled when the worker starts
 
 def _end_with_parent() -> None:
     "Sleep until the parent is gone, then go too."
@@ -355,16 +355,15 @@ def _start_worker(
     task: _Task, # what to do with shards; pickled once per worker, or never under fork
 ) -> None:
     "Prepare a new process."
-    _task[:] = [task]
+    _submit[:] = [functools.partial(ThreadPoolExecutor(1).submit, task)]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 def _call_task(
     shard: _Shard, # what to do
 ) -> _Done:
-    "Do a shard in a worker, in a thread with memory of its own."
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_task[0], shard).result()
+    "Do a shard in a worker."
+    return _submit[0](shard).result()
 
 # %% ../../nbs/18_tokenization.scale.ipynb #f70578da
 def _new_pool(
