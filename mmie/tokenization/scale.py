@@ -343,7 +343,7 @@ def _check_text(
 # %% ../../nbs/18_tokenization.scale.ipynb #64a32b3a
 _log = logging.getLogger(__name__)
 _Task = Callable[[_Shard], _Done]
-_submit: list[Callable[[_Shard], Future[_Done]]] = [] # to a worker's thread: filled when the worker starts
+_task: list[tuple[ThreadPoolExecutor, _Task]] = [] # a worker's thread and what it does: filled when the worker starts
 
 def _end_with_parent() -> None:
     "Sleep until the parent is gone, then go too."
@@ -355,7 +355,7 @@ def _start_worker(
     task: _Task, # what to do with shards; pickled once per worker, or never under fork
 ) -> None:
     "Prepare a new process."
-    _submit[:] = [functools.partial(ThreadPoolExecutor(1).submit, task)]
+    _task[:] = [(ThreadPoolExecutor(1), task)]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -363,7 +363,8 @@ def _call_task(
     shard: _Shard, # what to do
 ) -> _Done:
     "Do a shard in a worker."
-    return _submit[0](shard).result()
+    [(thread, task)] = _task
+    return thread.submit(task, shard).result()
 
 # %% ../../nbs/18_tokenization.scale.ipynb #f70578da
 def _new_pool(
