@@ -467,6 +467,15 @@ class Hints:
         pairs = [(a + b - self.bias, start, stop) for (a, start, _), (b, _, stop) in itertools.pairwise(weighed)]
         return max(weighed + pairs, default=(self.bias, 0, len(text)))
 
+    def loudest(
+        self,
+        text: str, # folded
+        count: int = 4, # at most
+    ) -> list[tuple[str, float]]: # with weights, the heaviest first
+        "The words and pairs that say most, for or against."
+        found = {name for a, b in sentence_spans(text) for name in hint_features(text[a:b])} & self.weights.keys()
+        return sorted(((name, self.weights[name]) for name in found), key=lambda pair: (-abs(pair[1]), pair[0]))[:count]
+
     def score(
         self,
         log_odds: float, # from `strongest`

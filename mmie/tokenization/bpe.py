@@ -497,6 +497,7 @@ class _InPieces(Protocol):
         "Number of a text, ids of it or of its next part."
 
 _SHARE = 1_000_000 # characters for a worker at a time, if there are enough of them
+_MOST = 1000 # shares
 _Share = list[tuple[int, int, int]] # number of a text, from which character to which
 
 def _shares(
@@ -506,7 +507,8 @@ def _shares(
 ) -> Iterator[_Share]:
     "Work to be given out."
     done = [0] * len(texts) # characters
-    size = min(_SHARE, sum(map(len, texts)) // (4 * workers) + 1)
+    total = sum(map(len, texts))
+    size = max(min(_SHARE, total // (4 * workers)), total // _MOST) + 1
     for owners, parts in gather(texts, pattern, size):
         share = []
         for number, part in zip(owners, parts, strict=True):
@@ -537,8 +539,8 @@ class _Job(NamedTuple):
     tokenizer: _InPieces # a BPETokenizer
     texts: Sequence[str] # all of them
     shares: Sequence[_Share] # what is to be done
-    places: Sequence[int] # bytes of the second file before the ids of each share
-    numbers: FileIO # of the shares
+    places: Sequence[int] # bytes of the file before the ids of each share
+    numbers: FileIO # of the shares, from a pipe that nobody waits for
     results: FileIO # gets the ids
 
 _Done = list[tuple[int, np.ndarray | None, list[int]]] # number of a share; ids, unless they're in the file; how many each part has
@@ -578,7 +580,7 @@ def _closing_time(
     try:
         yield
     finally:
-        job.numbers.seek(0, os.SEEK_END)
+        job.numbers.read(4 * len(job.shares))
 
 def _help(
     call: int, # its number
@@ -614,9 +616,11 @@ def _forked(
 ) -> list[tuple[np.ndarray, list[int]]]: # of each share as `_encode_share` gives it
     "Encode shares here and in forked workers."
     *places, size = _places(texts, shares)
-    with _nameless() as numbers, _nameless() as results:
-        numbers.write(np.arange(len(shares), dtype="<u4").tobytes())
-        numbers.seek(0)
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    with open(reading, "rb", 0) as numbers, _nameless() as results:
+        with open(writing, "wb", 0) as pipe:
+            pipe.write(np.arange(len(shares), dtype="<u4").tobytes())
         done = _share_out(_Job(tokenizer, texts, shares, places, numbers, results), workers)
         results.truncate(size + 4) # an empty file can't be mapped
         stored = np.frombuffer(mmap.mmap(results.fileno(), 0, access=mmap.ACCESS_COPY), np.int32)
