@@ -23,6 +23,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["mmie", "mmie.*"]),
     package_data={"mmie": ["py.typed", "**/*.j2", "**/*.css", "**/*.yaml", "constitutional/study.json", "quantization/tradeoffs.json",
+                           "safety/hints.json", "safety/ordinary.txt",
                            "shipped/*/*"]},
     include_package_data=False,
     install_requires=cfg["requirements"].split(),

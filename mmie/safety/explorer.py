@@ -17,7 +17,7 @@ from markupsafe import Markup
 from ..core import InputError
 from ..pages import LivePanel, element, live_bundle, live_control, live_face, live_form, visible
 from .filters import SafetyFilter
-from .principles import PRINCIPLES, Evaluation, PrincipleName, RuleTable, evaluate_by_rules, find_personal_data, rule_table, sightings
+from .principles import PRINCIPLES, Evaluation, PrincipleName, RuleTable, evaluate_by_rules, find_personal_data, fold, rule_table, sightings
 
 # %% ../../nbs/66_safety.explorer.ipynb #7e1f7024
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class RuleMark:
     end: int # one past the last
     rule: str # the rule's id, or the kind of personal data
     principle: str # a principle, or "personal data"
-    weight: float # how sure the rule is; 1 for personal data
+    weight: float # how sure the rule is; 1 for personal data, the score for words
     excuse: str = "" # why it didn't count; "" if it did
 
 
@@ -55,8 +55,9 @@ def rule_marks(
     weights = {rule.id: rule.weight for rule in rule_table().rules}
     for principle in PRINCIPLES:
         seen, literally = _seen(text, principle, rule_table()), _seen(text, principle, _without_homonyms())
-        counted = {(s.start, s.end, s.rule) for s in evaluate_by_rules(text, principle).spans}
-        marks += [RuleMark(*found, principle, weights[found[2]]) for found in counted]
+        evaluation = evaluate_by_rules(text, principle)
+        counted = {(s.start, s.end, s.rule) for s in evaluation.spans}
+        marks += [RuleMark(*found, principle, weights.get(found[2], evaluation.score)) for found in counted]
         marks += [mark for found, mark in seen.items() if found not in counted]
         marks += [replace(literally[found], excuse="a homonym") for found in literally.keys() - seen.keys() - counted]
     return sorted(marks, key=lambda mark: (mark.start, -mark.end, mark.rule))
@@ -124,6 +125,19 @@ def _bar(
                    element("td", f"{evaluation.score:.2f}"), element("td", evaluation.label, style=_LEFT))
 
 
+def _counts(
+    text: str, # any
+    mark: RuleMark, # that counted
+) -> str: # with the loudest words, if it was words that decided
+    "Why it counted."
+    hints = rule_table().hints
+    own = next((hints[name] for name in hints if mark.rule == f"{name}.words"), None)
+    if own:
+        said = own.loudest(fold(text[mark.start:mark.end])[0])
+        return "counts: " + ", ".join(f"{name.removeprefix('^ ')} {weight:+.1f}" for name, weight in said)
+    return "counts"
+
+
 def _legend(
     text: str, # any
     marks: Sequence[RuleMark], # numbered from 1
@@ -131,7 +145,7 @@ def _legend(
     "What the numbers mean."
     if not marks:
         return element("p", "No rule matches anything.")
-    cells = [(str(n), visible(text[m.start:m.end]), m.rule, f"{m.weight:.2f}", f"excused: {m.excuse}" if m.excuse else "counts")
+    cells = [(str(n), visible(text[m.start:m.end]), m.rule, f"{m.weight:.2f}", f"excused: {m.excuse}" if m.excuse else _counts(text, m))
              for n, m in enumerate(marks, 1)]
     rows = [element("tr", *(element("td", cell, style=_LEFT) for cell in row)) for row in cells]
     head = element("tr", *(element("th", title, scope="col", style=_LEFT) for title in ("", "words", "rule", "weight", "verdict")))

@@ -10,6 +10,7 @@ __all__ = ['ITEM_KINDS', 'LabelledItem', 'read_labelled', 'labelled', 'shingles'
 # %% ../../nbs/62_safety.labelled.ipynb #0bcec44b
 import re
 import unicodedata
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -397,8 +398,10 @@ def _sparse(
 ) -> tuple[Tensor, Tensor]: # the matrix by rows, and its transpose by rows
     "A matrix that is nearly all zeros, ready for products from both sides."
     at, to, values = (torch.tensor(part) for part in zip(*cells, strict=True))
-    matrix = torch.sparse_coo_tensor(torch.stack((at, to)), values.double(), (rows, columns))
-    return matrix.to_sparse_csr(), matrix.t().to_sparse_csr()
+    matrix = torch.sparse_coo_tensor(torch.stack((at, to)), values.double(), (rows, columns), check_invariants=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta") # all it's used for is proven below
+        return matrix.to_sparse_csr(), matrix.t().to_sparse_csr()
 
 
 def _settled(

@@ -481,8 +481,9 @@ class Hints:
         log_odds: float, # from `strongest`
         belief: float, # of the rules, 0 to 1
     ) -> float: # 0 to 1
-        "Words and rules together."
-        return (1 + math.tanh((max(log_odds, -self.doubt) + self.trust * (2 * belief - 1)) / 2)) / 2
+        "Words and rules together: where they find harm, the surer of them speaks."
+        score = (1 + math.tanh((max(log_odds, -self.doubt) + self.trust * (2 * belief - 1)) / 2)) / 2
+        return max(score, belief) if score >= 0.5 else score
 
 # %% ../../nbs/61_safety.principles.ipynb #13aca7d3
 @functools.cache
