@@ -692,7 +692,7 @@ def _bench_attention(
     for table in bench_attention(repeats):
         typer.echo(f"{table}\n")
 
-@_bench.command("decode", epilog="Your own model:  mmie bench decode --model runs/tiny/model")
+@_bench.command("decode", epilog="Your own model:  mmie bench decode --model runs/tiny/finetune")
 def _bench_decode(
     model: Annotated[Path | None, typer.Option(help="Folder of a decoder; by default one of 11 M parameters.")] = None, # folder
     new: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 128, # tokens
