@@ -80,6 +80,13 @@ def test_merges_do_not_depend_on_order_or_workers(texts: list[str], tokenizer: B
     assert BPETokenizer.train(texts, 1000, special_tokens=SPECIAL, workers=2).merges == tokenizer.merges
 
 
+def test_no_share_is_encoded_twice_or_forgotten(monkeypatch: pytest.MonkeyPatch, texts: list[str], tokenizer: BPETokenizer) -> None:
+    monkeypatch.setattr("mmie.tokenization.bpe._SHARE", 300) # many small shares: processes meet when they take one
+    expected = [tokenizer.encode(text) for text in texts[:40]]
+    for _ in range(15):
+        assert [row.tolist() for row in tokenizer.encode_arrays(texts[:40], workers=4)] == expected
+
+
 def letters() -> list[str]:
     "How the compiled trainer writes byte 0, 1, … 255: printable ones as themselves, the others from 256 on (Radford et al. 2019)."
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
