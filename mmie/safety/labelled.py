@@ -417,7 +417,7 @@ def _settled(
         wrong = counts * (torch.sigmoid(z) - yes)
         w.grad = torch.cat((w[:-1] + x[1] @ wrong, wrong.sum()[None]))
         return w[:-1].square().sum() / 2 + (counts * (torch.nn.functional.softplus(z) - yes * z)).sum()
-    optimizer.step(objective) # type: ignore[no-untyped-call]
+    optimizer.step(objective)
     objective()
     if w.grad is None or w.grad.abs().max() > 1e-4:
         raise InputError("the weights of words didn't settle", where="fit_hints", fix="choose a smaller strength")
