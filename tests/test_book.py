@@ -115,3 +115,9 @@ def test_figures_say_what_they_show(path: Path) -> None: # to readers who can't 
     for cell in nbformat.read(path, as_version=4).cells:
         if any({"image/png", "image/svg+xml"} & set(output.get("data", {})) for output in cell.get("outputs", [])):
             assert re.search(r'^#\| fig-alt: "[^"]{20,}"$', cell.source, re.MULTILINE), cell.source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_title_and_promise_stand_alone(path: Path) -> None: # what else is in their cell doesn't reach the site
+    first = next((cell.source for cell in nbformat.read(path, as_version=4).cells if cell.source.startswith("# ")), "")
+    assert all(line.startswith(("# ", ">")) for line in first.splitlines() if line.strip()), first
