@@ -188,6 +188,7 @@ def test_tokens(notebook: Any) -> None:
     area = output(notebook, "tokens")
     area.get_by_label("Text", exact=True).fill("the hat")
     expect(area.locator("caption").first).to_contain_text("7 characters")
+    expect(area.locator(".t").last).to_contain_text("hat") # the text before it had seven characters, too
     whole = area.locator(".t").all_text_contents()
     slide(area, "Merges done", "Home")
     expect(area.locator(".t")).to_have_count(7)
