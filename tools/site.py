@@ -232,8 +232,9 @@ def main() -> None:
     else:
         build_without_quarto(proof_links(book))
     link_proofs(DOCS, book)
-    for path in [] if quarto else DOCS.glob("*.html"):
-        path.write_text(hang(path.read_text(encoding="utf-8")), encoding="utf-8")
+    if not quarto:
+        for path in DOCS.glob("*.html"):
+            path.write_text(hang(path.read_text(encoding="utf-8")), encoding="utf-8")
     sys.stdout.write(f"open {(DOCS / 'index.html').relative_to(ROOT)}\n")
 
 

@@ -130,11 +130,10 @@ def _counts(
     mark: RuleMark, # that counted
 ) -> str: # with the loudest words, if it was words that decided
     "Why it counted."
-    hints = rule_table().hints
-    own = next((hints[name] for name in hints if mark.rule == f"{name}.words"), None)
-    if own:
-        said = own.loudest(fold(text[mark.start:mark.end])[0])
-        return "counts: " + ", ".join(f"{name.removeprefix('^ ')} {weight:+.1f}" for name, weight in said)
+    for principle, hints in rule_table().hints.items():
+        if mark.rule == f"{principle}.words":
+            said = hints.loudest(fold(text[mark.start:mark.end])[0])
+            return "counts: " + ", ".join(f"{name.removeprefix('^ ')} {weight:+.1f}" for name, weight in said)
     return "counts"
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..core import InputError, did_you_mean, read_mapping
 from ..measure import text_table
-from .principles import PRINCIPLES, Evaluation, Hints, PrincipleName, fold, hint_features, sentence_spans
+from .principles import PRINCIPLES, Evaluation, Hints, PrincipleName, _packaged, fold, hint_features, sentence_spans
 from mmie.safety.statistics import (
     Calibration,
     Confusion,
@@ -107,8 +107,7 @@ def labelled(
     "The book's labelled texts. Raises `InputError` for another split."
     if split not in ("dev", "test"):
         raise InputError(f"no split {split!r}", where="labelled", fix=did_you_mean(split, ("dev", "test")))
-    from mmie import safety
-    return read_labelled(Path(str(safety.__file__)).parent / f"labelled-{split}.yaml", split)
+    return read_labelled(_packaged(f"labelled-{split}.yaml"), split)
 
 # %% ../../nbs/62_safety.labelled.ipynb #666a9e91
 def shingles(
@@ -360,8 +359,7 @@ def witnesses(
 # %% ../../nbs/62_safety.labelled.ipynb #c8a8bc23
 def ordinary_texts() -> list[str]:
     "Nine hundred sentences that nobody would mind, half of them questions and requests."
-    from mmie import safety
-    return (Path(str(safety.__file__)).parent / "ordinary.txt").read_text(encoding="utf-8").splitlines()
+    return _packaged("ordinary.txt").read_text(encoding="utf-8").splitlines()
 
 # %% ../../nbs/62_safety.labelled.ipynb #77016861
 _LENGTH = 0.2 # unit of a text's length: the penalty shouldn't weigh on its slope

@@ -122,7 +122,8 @@ def _noun_forms(
     return {base, base + ("es" if base.endswith(("s", "x", "ch", "sh", "z")) else "s"), *others}
 
 # %% ../../nbs/61_safety.principles.ipynb #1c27aa95
-_TOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[.!?]+(?=[\s\"')\]]|\Z)|[\n:,;()]|(?<=\s)-+(?=\s)")
+_WORD = r"[^\W_]+(?:'[^\W_]+)*"
+_TOKEN = re.compile(_WORD + r"|[.!?]+(?=[\s\"')\]]|\Z)|[\n:,;()]|(?<=\s)-+(?=\s)")
 _SIGNS = dict(zip(".!?\n:;,()-", "....:,,,,,", strict=True))
 _UNKNOWN, _NUMBER = "_", "#"
 _SHORT = { # every other 's is a possessive
@@ -423,7 +424,7 @@ class Excuse:
 
 # %% ../../nbs/61_safety.principles.ipynb #4a10906d
 _SENTENCE = regex.compile(r"[.!?\n]+[\"')]*(?=\s)|\n")
-_HINT = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[?!]")
+_HINT = re.compile(_WORD + r"|[?!]")
 
 
 def hint_features(
@@ -486,10 +487,17 @@ class Hints:
         return max(score, belief) if score >= 0.5 else score
 
 # %% ../../nbs/61_safety.principles.ipynb #13aca7d3
+def _packaged(
+    name: str, # of a file
+) -> Path:
+    "Where a file of this part of the package lies."
+    return Path(str(resources.files("mmie.safety"))) / name
+
+
 @functools.cache
 def _shipped() -> Mapping[str, Any]: # as in the file
     "The table's file that comes with the package, read once."
-    return read_mapping(Path(str(resources.files("mmie.safety"))) / "rules.yaml")
+    return read_mapping(_packaged("rules.yaml"))
 
 
 def _typed(
@@ -508,7 +516,7 @@ def rule_language() -> RuleLanguage: # made once
 @functools.cache
 def _shipped_hints() -> Mapping[PrincipleName, Hints]: # read once
     "The weights of words that come with the package."
-    rows: Mapping[str, Any] = read_mapping(Path(str(resources.files("mmie.safety"))) / "hints.json")
+    rows: Mapping[str, Any] = read_mapping(_packaged("hints.json"))
     return {name: Hints(**rows[name]) for name in PRINCIPLES if name in rows}
 
 
