@@ -25,7 +25,7 @@ from ..core import InputError
 from .decoder import DecoderCache, DecoderLM, is_plain
 from .generation import Cache, generate
 from .layers import MLP, Block, bend
-from ..quantization.activations import Int8DynamicLinear, integer_kernel, integer_product, quantize_tokens
+from ..quantization.activations import _LONG, Int8DynamicLinear, integer_kernel, integer_product, quantize_tokens
 from ..quantization.linear import Int8Linear, QuantizedLinear
 from ..quantization.packed import Int4Linear, int4_support
 
@@ -37,6 +37,23 @@ def row_product(
     "One row times a matrix, as a sum that a compiler can make one loop of."
     wide = torch.promote_types(x.dtype, torch.float32)
     return (x.to(wide)[:, None] * weight.to(wide)).sum(-1)
+
+# %% ../../nbs/90_models.compiled.ipynb #7ad0e4f1
+def _written(
+    x: Tensor, # (1, n)
+) -> Tensor: # the same
+    "What is computed once, and not in every loop that reads it."
+    return torch.empty_like(x).index_copy(0, torch.zeros(1, dtype=torch.long), x)
+
+def _of_bytes(
+    codes: Tensor, # (1, inputs) int8
+    weight: Tensor, # (outputs, inputs) int8
+    dtype: torch.dtype, # float32 or wider
+) -> Tensor: # (1, outputs), of that type
+    "One row of bytes times a matrix of bytes."
+    if weight.shape[1] >= _LONG and integer_kernel("cpu"):
+        return integer_product(codes, weight).to(dtype)
+    return row_product(_written(codes.to(dtype)), weight)
 
 # %% ../../nbs/90_models.compiled.ipynb #49d3c7e3
 def row_layer(
@@ -52,7 +69,7 @@ def row_layer(
         return (y * layer.scale.to(y.dtype)).to(x.dtype)
     if isinstance(layer, Int8DynamicLinear):
         codes, steps = quantize_tokens(scaled)
-        return (integer_product(codes, layer.weight).to(steps.dtype) * steps * layer.scale.to(steps.dtype)).to(x.dtype)
+        return (_of_bytes(codes, layer.weight, steps.dtype) * steps * layer.scale.to(steps.dtype)).to(x.dtype)
     return cast(Tensor, layer(x))
 
 _COMPILES = (nn.Linear, Int8Linear, Int8DynamicLinear, Int4Linear)

@@ -167,7 +167,7 @@ def int4_support(
     bf16 = device in ("cpu", "cuda", "xpu") and default_dtype(device) == torch.bfloat16
     vectorized = device == "cpu" and sys.platform != "win32" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     block = _kernel_block() if vectorized else 0
-    return Int4Support(block, bf16, 256 if block else 0)
+    return Int4Support(block, bf16, (128 if bf16 else 256) if block else 0)
 
 # %% ../../nbs/82_quantization.packed.ipynb #744c8361
 _KERNEL_GROUPS = (32, 64, 128, 256) # the sizes that the kernel was written for
@@ -195,7 +195,7 @@ def _multiply(
     outputs: int, # rows of the matrix
     part: Callable[[slice, torch.dtype], Tensor], # some rows of the matrix, (a slice of outputs, inputs)
     exact: bool, # in the dtype of x, rather than in bfloat16 where the hardware multiplies that
-    slice_values: int = 1 << 22, # weights unpacked at a time
+    slice_values: int = 1 << 23, # weights unpacked at a time
 ) -> Tensor: # (rows, outputs), the dtype of x
     "Multiply with a matrix that is unpacked slice by slice."
     dtype = torch.bfloat16 if not exact and int4_support(x.device.type).bf16 else x.dtype
@@ -203,6 +203,26 @@ def _multiply(
     small = x.to(dtype)
     parts = [F.linear(small, part(slice(at, at + step), dtype)) for at in range(0, outputs, step)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(x.dtype)
+
+# %% ../../nbs/82_quantization.packed.ipynb #b7d24e90
+_MINUS_8 = -0x77777778 # 0x88888888, as an int32 writes it
+
+def _by_words(
+    packed: Tensor, # (outputs, inputs / 2) uint8, whole blocks in the kernel's order
+    grid: Tensor, # (groups, outputs, 2), see `_grid`
+    block: int, # rows the kernel works on at once
+) -> Tensor: # (outputs, inputs) bfloat16
+    "The real numbers, from eight codes at a time."
+    blocks, words, groups, inputs = len(packed) // block, block // 8, len(grid), 2 * packed.shape[1]
+    eight = packed.view(torch.int32).view(blocks, inputs, words).bitwise_xor(_MINUS_8).transpose(1, 2).contiguous()
+    step, shift = grid.bfloat16().permute(2, 1, 0).reshape(2, blocks, 2, words, 4, groups, 1)
+    zero = -shift / step # small whole numbers: exact
+    found = torch.empty(blocks, 2, words, 4, groups, inputs // groups, dtype=torch.bfloat16, device=packed.device)
+    for half, byte in itertools.product(range(2), range(4)):
+        codes = (eight << (28 - 8 * byte - 4 * half)).bitwise_right_shift_(28)
+        codes = codes.to(torch.bfloat16).view(blocks, words, groups, -1).sub_(zero[:, half, :, byte])
+        torch.mul(codes, step[:, half, :, byte], out=found[:, half, :, byte])
+    return found.view(-1, inputs)
 
 # %% ../../nbs/82_quantization.packed.ipynb #838f6869
 def _pack_codes(
@@ -297,8 +317,10 @@ class Int4Linear(QuantizedLinear):
         dtype: torch.dtype, # of the result
     ) -> Tensor: # (rows, in_features)
         "Some rows of the real matrix."
-        codes = look_up(self.weight[rows], torch.tensor(_CODES, dtype=dtype, device=self.weight.device))
-        return _on_grid(_in_order(codes, self.block), self.grid[:, rows])
+        packed, grid = self.weight[rows], self.grid[:, rows]
+        if dtype == torch.bfloat16 and self.block and len(packed) % self.block == 0:
+            return _by_words(packed, grid, self.block)
+        return _on_grid(_in_order(look_up(packed, torch.tensor(_CODES, dtype=dtype, device=packed.device)), self.block), grid)
 
     def product(self, x: Tensor) -> Tensor: # (rows, in_features) → (rows, out_features)
         exact, support = self.backend == "plain" or wants_exact(x), int4_support(x.device.type)
