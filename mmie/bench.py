@@ -272,13 +272,19 @@ def bench_model() -> DecoderLM: # eleven million parameters
     seed_everything(0)
     return DecoderLM(ModelConfig(vocab_size=8192, d_model=320, n_layers=6, n_heads=5, hidden=1024, max_length=1024))
 
+def _matrices(
+    model: DecoderLM, # any
+) -> list[Tensor]: # each (outputs, inputs)
+    "All that a token is multiplied by."
+    weights = [layer.weight.detach() for layer in model.modules() if isinstance(layer, nn.Linear)]
+    return weights + ([model.embedding.weight.detach()] if model.head is None else [])
+
 def _matrices_alone(
     model: DecoderLM, # any
     times: int, # tokens
 ) -> Callable[[], None]: # reads every weight so many times
     "All that tokens have to wait for."
-    weights = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)]
-    weights += [model.embedding.weight] if model.head is None else []
+    weights = _matrices(model)
     vectors = [torch.randn(1, weight.shape[1], dtype=weight.dtype) for weight in weights]
     def multiply() -> None:
         with torch.inference_mode():
@@ -561,6 +567,25 @@ def _our_loss(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
 def _their_loss(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
     return model(input_ids=ids, labels=targets, shift_labels=targets, use_cache=False).loss
 
+def _products_alone(
+    model: DecoderLM, # any
+    batch: int, # rows
+    length: int, # tokens in each
+    dtype: torch.dtype, # of the products
+) -> Callable[[], None]: # forward and backward
+    "What nobody's step can leave out: three products for each matrix, and PyTorch's attention."
+    weights, c = [weight.to(dtype) for weight in _matrices(model)], model.config
+    pairs = [(torch.randn(batch * length, w.shape[1], dtype=dtype), torch.randn(batch * length, w.shape[0], dtype=dtype)) for w in weights]
+    qkv = torch.randn(3, batch, c.n_heads, length, c.head_size, dtype=dtype).unbind()
+    inputs = [part.requires_grad_() for part in qkv]
+    def multiply() -> None:
+        with torch.no_grad():
+            for weight, (x, slope) in zip(weights, pairs, strict=True):
+                F.linear(x, weight), slope @ weight, slope.T @ x
+        for _ in range(c.n_layers):
+            _and_back(partial(F.scaled_dot_product_attention, is_causal=True), inputs)
+    return multiply
+
 def bench_train_step(
     batch: int = 8, # rows
     length: int = 256, # tokens in each
@@ -578,6 +603,7 @@ def bench_train_step(
             fast = bench_model()
             fast.compile()
             programs["mmie, compiled"] = _learner(fast, _our_loss, ids, targets, mixed)
+        programs["its products alone"] = _products_alone(model, batch, length, torch.bfloat16 if mixed else torch.float32)
         title = f"a step of {batch} × {length} tokens, {'bfloat16 products' if mixed else 'float32'}"
         yield BenchTable(title, compare(programs, repeats), batch * length, "tokens")
 
