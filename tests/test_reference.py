@@ -168,6 +168,14 @@ def test_markdown_in_claims_is_only_text() -> None:
         assert {token.type for token in inline} <= {"text", "text_special", "code_inline"}
 
 
+def test_an_address_in_a_docstring_is_a_link(book: list[reference.Chapter]) -> None:
+    from markdown_it import MarkdownIt
+    summary = next(symbol.summary for chapter in book for symbol in chapter.symbols if symbol.name == "ALiBi")
+    inline = MarkdownIt("commonmark").parseInline(reference.plain(summary))[0].children
+    assert [token.attrs["href"] for token in inline if token.type == "link_open"] == ["https://arxiv.org/abs/2108.12409"]
+    assert "<" not in "".join(token.content for token in inline)
+
+
 @pytest.mark.parametrize("shape", ["<pre><code>{}</code></pre>", '<div class="cell-output"><pre><code>before\n{}\nafter</code></pre></div>'])
 def test_check_marks_of_a_built_page_are_linked(shape: str) -> None:
     proofs = proven(code('prove("it\'s <b>", a, b)\nprove("it\'s <b>", a, b)', *["✓ it's <b>   max |Δ| = 0  (float64, 6 values)"] * 2))

@@ -266,8 +266,8 @@ SPECIAL = re.compile(r"['\"\\`*{}\[\]<>#|$~^@]|(?<![^\W_])_|_(?![^\W_])|:(?=\w+:
 
 
 def plain(words: str) -> str:
-    "Text for a table: Markdown's own characters lose their meaning, but code stays code."
-    return "".join(p if k % 2 else SPECIAL.sub(r"\\\g<0>", p) for k, p in enumerate(re.split(r"(`[^`|]+`)", words)))
+    "Text for a table: Markdown's own characters lose their meaning, but code stays code, and an address in angle brackets a link."
+    return "".join(p if k % 2 else SPECIAL.sub(r"\\\g<0>", p) for k, p in enumerate(re.split(r"(`[^`|]+`|<https?://[^\s<>|]+>)", words)))
 
 
 def table(heads: str, widths: Iterable[int], rows: Iterable[Iterable[object]]) -> str:
