@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
@@ -21,6 +22,7 @@ from .core import InputError, configure_logging
 
 # %% ../nbs/94_cli.ipynb #35104d70
 if TYPE_CHECKING:
+    from mmie.constitutional.managers import ModelManager
     from mmie.safety.red_team import ModelTarget
     from mmie.stages import Finished
     from mmie.tokenization.base import BaseTokenizer
@@ -110,7 +112,8 @@ _Corpus = Annotated[
 ]
 _Out = Annotated[Path, typer.Option("--out", help="Folder for the result. It is made; one that holds something else is refused.")]
 _Model = Annotated[
-    Path, typer.Option("--model", help="Folder of a model with its tokenizer, as `mmie train`, `finetune` and `quantize` write it."),
+    str,
+    typer.Option("--model", help="Folder of a model with its tokenizer, ours or of transformers, or an assistant that comes with mmie."),
 ]
 _Tokenizer = Annotated[
     Path, typer.Option("--tokenizer", help="Folder of a tokenizer, as `mmie tokenizer train` writes it, or of a model."),
@@ -269,7 +272,7 @@ def _train(
 
 @app.command("finetune", epilog="Your own questions:  mmie finetune --model work/model --questions faq.jsonl --out work/assistant")
 def _finetune(
-    model: _Model, # folder
+    model: _Model, # to begin from
     out: _Out, # where the result goes
     questions: _Questions = None, # pairs to learn
     preset: _Preset = "tiny", # sizes and lengths
@@ -279,7 +282,8 @@ def _finetune(
 ) -> None:
     """Teach a pretrained model to answer questions.
 
-    The loss is on the answers only. Rows that can't be used are listed in rejected.txt with their reasons.
+    A model of transformers keeps its chat template, or is given our marks if it has none, and is written as it came. The loss is on the
+    answers only. Rows that can't be used are listed in rejected.txt with their reasons.
     """
     from mmie.lifecycle import finetune, run_config
     settings = run_config(preset, config, **_given(seed=seed, questions=questions and str(questions), finetune=_given(steps=steps)))
@@ -470,9 +474,7 @@ def _study(
 # %% ../nbs/94_cli.ipynb #841afed1
 @app.command("generate", epilog="Ask:  mmie generate --model runs/tiny/finetune --ask \"What does len do?\"")
 def _generate(
-    model: Annotated[
-        str, typer.Option("--model", help="Folder of a model with its tokenizer, ours or one of transformers, or a packaged assistant."),
-    ], # which
+    model: _Model, # which
     prompt: Annotated[
         str | None, typer.Argument(help="What to continue, or with --ask what to answer; standard input when left out."),
     ] = None, # to continue or to answer
@@ -499,19 +501,30 @@ def _generate(
 ) -> None:
     "Let a model write."
     from mmie.constitutional.managers import ModelManager
-    from mmie.lifecycle import EOS
     from mmie.models.generation import decoded_pieces, generate_stream
     from mmie.training.finetune import Message
     manager, text = ModelManager(model), _standard_input() if prompt is None else prompt
-    decoder, chat, words = manager.model, manager.chat, cast("BaseTokenizer", manager.tokenizer)
-    begin = [] if (mark := getattr(words, "special_tokens", {}).get(EOS)) is None else [mark] # it stands between documents
-    ids = chat.prompt([Message("user", text)]) if ask else [*begin, *words.encode(text)]
+    decoder, words = manager.model, cast("BaseTokenizer", manager.tokenizer)
+    begin, ends = _borders(manager)
+    ids = manager.chat.prompt([Message("user", text)]) if ask else [*begin, *words.encode(text)]
     length = max_new_tokens or max(1, min(100, (decoder.max_length or len(ids) + 100) - len(ids)))
     new = generate_stream(decoder, ids, length, temperature=0 if ask else temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                          repetition_penalty=repetition_penalty, seed=seed or 0, eos_id=[*chat.end_ids, *begin])
-    for piece in decoded_pieces(new, chat.decode if ask else words.decode):
+                          repetition_penalty=repetition_penalty, seed=seed or 0, eos_id=ends)
+    for piece in decoded_pieces(new, manager.chat.decode if ask else words.decode):
         typer.echo(piece, nl=False)
     typer.echo()
+
+
+def _borders(
+    manager: "ModelManager", # of any model
+) -> tuple[list[int], list[int]]: # ids: what a text of ours begins with; what a text or an answer ends with
+    from mmie.lifecycle import EOS
+    words: Any = manager.tokenizer
+    begin = [] if (mark := getattr(words, "special_tokens", {}).get(EOS)) is None else [mark] # it stands between documents
+    ends = begin if (theirs := getattr(words, "eos_token_id", None)) is None else [theirs]
+    with suppress(InputError): # a model that doesn't talk has no end of an answer
+        ends = [*ends, *manager.chat.end_ids]
+    return begin, ends
 
 # %% ../nbs/94_cli.ipynb #8877ca4a
 _Calibration = Annotated[
@@ -519,7 +532,9 @@ _Calibration = Annotated[
     typer.Option("--calibration", help="Text like that which the model will read: files or folders, as for --corpus. Repeat for more."),
 ]
 _Decoder = Annotated[
-    str, typer.Option("--model", help="Folder of a decoder with its tokenizer, or one that comes with mmie, such as mmie-tiny-aligned."),
+    str,
+    typer.Option("--model", help="Folder of a decoder with its tokenizer: ours, a Llama, GPT-2 or relative of transformers, or one that "
+                                 "comes with mmie, such as mmie-tiny-aligned."),
 ]
 
 @app.command("quantize", epilog="Four bits:  mmie quantize --model runs/tiny/finetune --method int4_weight --calibration notes/ "
@@ -615,10 +630,15 @@ def _tradeoffs(
 # %% ../nbs/94_cli.ipynb #4c6d7cc0
 @app.command("export", epilog="Example:  mmie export --model runs/tiny/finetune --out work/hf")
 def _export(
-    model: _Model, # folder
+    model: Annotated[
+        Path, typer.Option("--model", help="Folder of a model of ours with its tokenizer, as `train`, `finetune` or `prune` wrote it."),
+    ], # folder
     out: _Out, # where the result goes
 ) -> None:
-    "Write a copy of a model and its tokenizer that transformers loads, without any code of ours."
+    """Write a copy of a model and its tokenizer that transformers loads, without any code of ours.
+
+    A folder that transformers loads already is refused: every command here takes it as it is.
+    """
     from mmie.lifecycle import export_pair
     _tell(export_pair(model, out))
 
@@ -639,7 +659,7 @@ def _baselines(
 @app.command("exam", epilog="Example:  mmie exam --corpus work/corpus --pretrained work/a --fine-tuned work/b --int8 work/c --out work/d")
 def _exam(
     corpus: Annotated[Path, typer.Option(help="Folder that `mmie corpus` wrote.")], # text to learn from
-    pretrained: Annotated[Path, typer.Option(help="Folder of the pretrained model.")], # folder
+    pretrained: Annotated[Path, typer.Option(help="Folder of the pretrained model, as `mmie train` wrote it.")], # folder
     fine_tuned: Annotated[Path, typer.Option(help="Folder of the assistant.")], # folder
     int8: Annotated[Path, typer.Option(help="Folder of the quantized assistant.")], # folder
     out: _Out, # where the result goes

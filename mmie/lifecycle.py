@@ -18,6 +18,7 @@ import json
 import math
 import random
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -27,13 +28,13 @@ from typing import Any, cast
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 # %% ../nbs/93_lifecycle.ipynb #40083674
-from .constitutional.managers import ModelManager
+from .constitutional.managers import ModelManager, _words_beside
 from mmie.constitutional.pipeline import (
-    ALIGN, HARM, OVER_REFUSAL, RIGHT, ConstitutionalPipeline, StageConfig, Tally, align_config, aligned_versions, fit_stage, read_alignment,
-    tally, world_tallies,
+    ALIGN, HARM, OVER_REFUSAL, RIGHT, ConstitutionalPipeline, PipelineConfig, StageConfig, Tally, align_config, aligned_versions, fit_stage,
+    open_model, read_alignment, save_aligned, tally, world_tallies,
 )
 from .constitutional.world import KINDS, AssistantConfig, World, WorldPrompt, load_assistant, train_assistant
 from .core import InputError, Settings, _merged, atomic_write, did_you_mean, seed_everything
@@ -41,7 +42,7 @@ from mmie.insight.report import (
     Compression, CorpusCard, Curve, Exam, ModelCard, Question, RunReport, Sample, Siege, TokenView, Variant, write_report,
 )
 from .measure import format_bytes
-from .models.decoder import DecoderLM, ModelConfig, model_folder
+from .models.decoder import DecoderLM, ModelConfig, _of_the_hub, model_folder
 from .models.generation import generate
 from .models.ngram import compressor_bars
 from .pruning import PruneConfig, pack_pruned, prune_model, sparsity_report
@@ -51,7 +52,7 @@ from .safety.red_team import HARMLESS_TWIN, AttackTarget, CampaignReport, ModelT
 from mmie.stages import (
     STAGE_MARK, STAGE_SETTINGS, Finished, Made, Reproduction, Stage, claim_folder, read_mark, released_on_mistakes, run_in_order,
 )
-from .tokenization.base import BaseTokenizer, load_tokenizer
+from .tokenization.base import FILE_NAME, BaseTokenizer, load_tokenizer
 from .tokenization.bpe import BPETokenizer
 from .tokenization.corpora import Document, corpus_bytes, python_docs, read_corpus, split_documents
 from .training.data import EpochWindows, TokenFile, write_tokens
@@ -286,7 +287,7 @@ def _load_model(
 ) -> DecoderLM: # in eval mode
     home = model_folder(folder)
     if not home.is_dir():
-        fix = "name a folder that `mmie train`, `finetune` or `quantize` wrote"
+        fix = "name the folder of a model, ours or one of transformers"
         raise InputError("there is no such folder", where=str(folder), fix=fix)
     model = load_quantized(home) if (home / "quantized.json").exists() else DecoderLM.load(home)
     if not isinstance(model, DecoderLM):
@@ -388,8 +389,25 @@ def finetuning_pairs(
     return good[cut:], good[:cut], [f"line {row.line}: {row.reason}" for row in rejected]
 
 # %% ../nbs/93_lifecycle.ipynb #da027db3
+def _to_teach(
+    model: str | Path, # as for `finetune`
+    seed: int, # of new rows
+) -> ModelManager: # loaded, with the marks it needs
+    "Open a model that can learn to answer. Raises `InputError`."
+    if (model_folder(model) / "quantized.json").exists():
+        what, fix = "a model in fewer bits can't learn", "fine-tune the one it was made from, and make the result smaller"
+        raise InputError(what, where=str(model), fix=fix)
+    try:
+        return open_model(str(model), PipelineConfig(model=str(model), prompts="", seed=seed, add_marks=True))
+    except InputError as error:
+        if "no chat template" not in error.what:
+            raise
+        fix = "write it for transformers first (`mmie export`), and fine-tune that" # whose models know how to grow
+        raise InputError("the tokenizer lacks our marks, and the model has no rows for them", where=str(model), fix=fix) from error
+
+
 def finetune(
-    model: str | Path, # folder of a model and its tokenizer
+    model: str | Path, # folder of a model and its tokenizer, ours or of transformers, or whatever else a `ModelManager` loads
     out: Path, # gets the assistant
     config: RunConfig, # what to ask, how long, how fast
     *,
@@ -399,13 +417,14 @@ def finetune(
     plan = config.finetune.replace(seed=config.seed)
     def work(folder: Path) -> Made:
         config.write(folder / STAGE_SETTINGS)
-        decoder, words = load_pair(model)
-        learn, exam, rejected = finetuning_pairs(config.questions, words, decoder.max_length // 2, config.seed)
-        if rejected:
-            atomic_write(folder / "rejected.txt", "\n".join(rejected) + "\n")
-        source = ChatBatches(learn, words, max_length=decoder.max_length, batch_size=plan.batch_size, seed=config.seed)
-        history = fit_stage(decoder, source, plan, folder, progress=progress)
-        save_pair(decoder, words, folder)
+        with _to_teach(model, config.seed) as opened:
+            length = opened.model.max_length or 1024
+            learn, exam, rejected = finetuning_pairs(config.questions, cast(Any, opened.tokenizer), length // 2, config.seed)
+            if rejected:
+                atomic_write(folder / "rejected.txt", "\n".join(rejected) + "\n")
+            source = ChatBatches(learn, opened.chat, max_length=length, batch_size=plan.batch_size, seed=config.seed)
+            history = fit_stage(cast(nn.Module, opened.model), source, plan, folder, progress=progress)
+            save_aligned(opened, folder)
         about = {"model": str(model), "pairs": f"{len(learn):,} to learn, {len(exam):,} for the exam"}
         return Made(about | ({"put aside": f"{len(rejected):,} rows, see rejected.txt"} if rejected else {}),
                     {"answer tokens learned from": f"{history.tokens[-1]:,}"}, {"rejected": len(rejected)})
@@ -561,7 +580,7 @@ def quantize_pair(
         _check_text(decoder, config, calibration)
         config.write(folder / STAGE_SETTINGS)
         small = quantize(decoder, config, _calibration(calibration, decoder, words, seed))
-        words.save(folder)
+        _bring_words(model_folder(model), folder)
         save_quantized(small, folder)
         before, after = size_report(decoder), size_report(small)
         facts = {"before": {"memory": before.memory, "disk": before.disk}, "after": {"memory": after.memory, "disk": after.disk}}
@@ -571,6 +590,17 @@ def quantize_pair(
     how = ["--method", config.method] if config == QuantConfig(method=config.method) else ["--config", out / STAGE_SETTINGS]
     settings = {"model": str(model), "config": config.model_dump(mode="json"), "calibration": list(map(str, calibration)), "seed": seed}
     return stage.run(out, settings, work, ["quantize", "--model", model, *how, *read, "--seed", seed, "--out", out])
+
+
+def _bring_words(
+    home: Path, # of the model
+    folder: Path, # of its copy
+) -> None:
+    "The tokenizer as it is: one of transformers has a chat template, for which ours has no place."
+    theirs = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+    for name in (FILE_NAME, *theirs):
+        if (home / name).exists():
+            shutil.copyfile(home / name, folder / name)
 
 
 def _check_text(
@@ -613,7 +643,7 @@ def prune_pair(
         config.write(folder / STAGE_SETTINGS)
         pruned = prune_model(decoder, config, _calibration(calibration, decoder, words, seed))
         zeros = sparsity_report(pruned).sparsity
-        words.save(folder)
+        _bring_words(model_folder(model), folder)
         small = _saved_pruned(pruned, folder)
         before, after = size_report(decoder), size_report(small)
         told = {"model": f"{format_bytes(after.disk)}, {after.ratio(before):.0%} of the memory", "zeros": f"{zeros:.0%}"}
@@ -785,14 +815,21 @@ def export_pair(
     model: str | Path, # folder of a model and its tokenizer
     out: Path, # gets what transformers loads
 ) -> Finished:
-    "Write a copy for transformers. Raises `InputError` for a quantized model, or if transformers isn't installed."
+    "Write a copy for transformers. Raises `InputError` for a quantized model, one of theirs, or if transformers isn't installed."
     def work(folder: Path) -> Made:
-        if (Path(model) / "quantized.json").exists():
+        home, template = model_folder(model), ChatTemplate()
+        if (home / "quantized.json").exists():
             raise InputError("transformers has no such quantized model", where=str(model), fix="export the one it was made from")
-        decoder, words = load_pair(model)
-        template = ChatTemplate()
-        ends = [words.special_tokens[name] for name in (EOS, template.end) if name in words.special_tokens]
-        decoder.save_hf(folder, words, chat_template=jinja_template(template), eos_id=ends)
+        if _of_the_hub(home / "config.json"):
+            fix = "use it as it is; our commands take it as well"
+            raise InputError("transformers loads this folder already", where=str(model), fix=fix)
+        decoder, ends = _load_model(model), list[int]()
+        if isinstance(words := _words_beside(home), BaseTokenizer):
+            words = load_marked(home)
+            ends = [words.special_tokens[name] for name in (EOS, template.end)]
+            decoder.save_hf(folder, words, chat_template=jinja_template(template), eos_id=ends)
+        else: # of a copy of one of theirs
+            decoder.save_hf(folder, words)
         return Made({"model": str(model)}, {"load it with": f"AutoModelForCausalLM.from_pretrained({str(out)!r})"}, {"eos_ids": ends})
     return EXPORT.run(out, {"model": str(model)}, work, ["export", "--model", model, "--out", out])
 
@@ -866,6 +903,8 @@ def examine(
 ) -> Finished:
     "Compare the ages of a model on what none of them has seen."
     def work(folder: Path) -> Made:
+        if (home := Path(ages["pretrained"])).is_dir() and not (home / "tokens").is_dir():
+            raise InputError("no held-out text lies beside this model", where=str(home), fix="name a folder that `mmie train` wrote")
         loaded = {age: load_pair(path) for age, path in ages.items()}
         models, tokenizer = {age: model for age, (model, _) in loaded.items()}, loaded["pretrained"][1]
         models = {"before training": new_model(models["pretrained"].config, seed).eval(), **models}

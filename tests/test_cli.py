@@ -227,6 +227,96 @@ def test_pruned_and_shrunk(here: Run, requests: Path, tmp_path: Path) -> None:
     assert all(list(row["answers"]) == ["aligned", "int8", "int4"] for row in rows)
 
 
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "Folders of transformers with random weights: two base models, llama and gpt2, and one that has a chat template, chatty."
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    from mmie.tokenization.bpe import BPETokenizer
+    folder = tmp_path_factory.mktemp("hub")
+    words = BPETokenizer.train([f"{n}. {ENGLISH}" for n in range(50)], 300, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    small = {"vocab_size": 300, "bos_token_id": None, "eos_token_id": words.special_tokens["<|endoftext|>"]}
+    torch.manual_seed(0)
+    llama = transformers.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64, **small)
+    gpt2 = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **small)
+    for name, shape in {"llama": llama, "gpt2": gpt2, "chatty": llama}.items():
+        tokenizer = words.to_hf()
+        if name == "chatty":
+            tokenizer.chat_template = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
+                                       "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+        transformers.AutoModelForCausalLM.from_config(shape).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    (folder / "faq.jsonl").write_text('{"question": "What is a cat?", "answer": "white"}\n' * 8, encoding="utf-8")
+    (folder / "fast.yaml").write_text("finetune: {steps: 40, lr: 1e-2}\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def taught(here: Run, hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "The same three after `mmie finetune`."
+    folder = tmp_path_factory.mktemp("taught")
+    for name in ("llama", "gpt2", "chatty"):
+        done = here("finetune", "--model", hub / name, "--questions", hub / "faq.jsonl", "--preset", "smoke", "--config", hub / "fast.yaml", "--out", folder / name)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "chatty"])
+def test_a_model_of_transformers_is_taught_and_stays_one(here: Run, hub: Path, taught: Path, name: str, tmp_path: Path) -> None:
+    import transformers
+    before, after = (transformers.AutoTokenizer.from_pretrained(folder / name) for folder in (hub, taught))
+    model = transformers.AutoModelForCausalLM.from_pretrained(taught / name)
+    if name == "chatty":
+        assert after.chat_template == before.chat_template and len(after) == len(before) == model.config.vocab_size
+    else:
+        assert len(after) == len(before) + 3 == model.config.vocab_size == model.get_input_embeddings().num_embeddings
+    prompt = after.apply_chat_template([{"role": "user", "content": "What is a cat?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    said = after.decode(model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True)
+    assert said == "white", "transformers by itself says so too, and stops"
+    for words in ([], ["quantize"], ["prune", "--sparsity", 0.1]): # a copy still knows how one talks to it
+        if words:
+            done = here(*words, "--model", taught / name, "--out", tmp_path / str(words[0]))
+            assert done.returncode == 0, done.stderr
+        asked = here("generate", "--model", tmp_path / str(words[0]) if words else taught / name, "--ask", "What is a cat?")
+        assert asked.stdout == "white\n", asked.stderr
+
+
+def test_a_base_model_of_transformers_continues_and_does_not_chat(here: Run, hub: Path, tmp_path: Path) -> None:
+    assert here("quantize", "--model", hub / "llama", "--out", tmp_path / "small").returncode == 0
+    for model in (hub / "llama", tmp_path / "small"):
+        assert here("generate", "--model", model, "--max-new-tokens", 5, "The cat").returncode == 0
+        refused(here("generate", "--model", model, "--ask", "Who?"), "no chat template", "mmie finetune")
+
+
+def test_there_and_back(here: Run, hub: Path, text: Path, tmp_path: Path) -> None:
+    "A thinner copy of a model of transformers is ours, goes home by `mmie export`, and learns there."
+    import transformers
+    learn = ["--questions", hub / "faq.jsonl", "--preset", "smoke", "--out"]
+    refused(here("export", "--model", hub / "llama", "--out", tmp_path / "out"), "already", "use it as it is")
+    done = here("prune", "--model", hub / "llama", "--method", "structured", "--calibration", text, "--out", tmp_path / "thin")
+    assert done.returncode == 0, done.stderr
+    refused(here("finetune", "--model", tmp_path / "thin", *learn, tmp_path / "out"), "marks", "mmie export")
+    assert here("export", "--model", tmp_path / "thin", "--out", tmp_path / "home").returncode == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "home")
+    assert theirs.config.intermediate_size < 64 and theirs.config.eos_token_id == 297
+    assert here("finetune", "--model", tmp_path / "home", *learn, tmp_path / "out").returncode == 0
+
+
+def test_models_that_cannot_be_taught(here: Run, hub: Path, tmp_path: Path) -> None:
+    import shutil
+
+    def teach(model: Path) -> subprocess.CompletedProcess[str]:
+        return here("finetune", "--model", model, "--questions", hub / "faq.jsonl", "--preset", "smoke", "--out", tmp_path / "out")
+    pickled = shutil.copytree(hub / "llama", tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    refused(teach(pickled), "a pickle runs its author's code")
+    assert here("quantize", "--model", hub / "llama", "--out", tmp_path / "small").returncode == 0
+    refused(teach(tmp_path / "small"), "fewer bits", "fine-tune the one it was made from")
+    refused(teach(tmp_path / "nowhere"), "nowhere", "name a folder")
+    refused(here("exam", "--corpus", hub, "--pretrained", hub / "llama", "--fine-tuned", hub / "llama", "--int8", tmp_path / "small", "--out", tmp_path / "out"),
+            "held-out text", "mmie train")
+    assert not (tmp_path / "out").exists(), "what was refused leaves no trace"
+
+
 def test_a_bench_of_a_width_that_cannot_be(here: Run) -> None:
     refused(here("bench", "quantization", "--d-model", 100), "100", "multiple of 64")
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import psutil
@@ -34,7 +34,7 @@ from ..models.constrained import continuation_logprobs
 from ..models.decoder import DecoderLM
 from ..models.generation import CausalLM, end_ids, generate
 from ..models.pretrained import HFCausalLM, StoredTensors, hub_folder
-from ..tokenization.base import BaseTokenizer, load_tokenizer
+from ..tokenization.base import FILE_NAME, BaseTokenizer, load_tokenizer
 from ..training.finetune import ChatFormat, ChatTemplate, Dialogue, Message, add_marks, chat_format
 from ..training.trainer import _out_of_memory
 
@@ -319,29 +319,44 @@ def weights_dtype(
 # %% ../../nbs/72_constitutional.managers.ipynb #3f1a59dc
 _Words: TypeAlias = "BaseTokenizer | PreTrainedTokenizerBase | ChatFormat"
 
+def _by_transformers(
+    kind: str, # "AutoTokenizer" or "AutoModelForCausalLM"
+    folder: str | Path, # or a name on the hub
+    source: str | Path, # what the user called it
+    **options: object, # of its from_pretrained
+) -> Any: # what it made
+    "Load by a class of transformers, and no code but its own. Raises `InputError`."
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError("transformers is not installed", where=str(source), fix="pip install 'mmie[lab]'") from error
+    try:
+        return getattr(transformers, kind).from_pretrained(str(folder), trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = re.split(r"(?<=[.:])\s", str(error).strip())[0] # the first sentence; the others are advice we won't take
+        what = f"transformers can't load this ({reason:.200})"
+        raise InputError(what, where=str(source), fix="name a folder with a causal model and its tokenizer") from error
+
 def _load_theirs(
     source: str | Path, # a folder, or a name on the hub
     tokenizer: "_Words | None", # None: it comes with the model
     spread: str | None, # for from_pretrained(device_map=…)
     revision: str | None, # branch, tag or commit on the hub
 ) -> "tuple[nn.Module, _Words]":
-    "A model of transformers with its tokenizer, and no code but transformers' own. Raises `InputError`."
-    folder = hub_folder(source, revision)
+    "A model of transformers with its tokenizer. Raises `InputError`."
+    folder, at = hub_folder(source, revision), revision or "main"
     StoredTensors(folder) # says what is missing, damaged or pickled
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise InputError("transformers is not installed", where=str(source), fix="pip install 'mmie[lab]'") from error
     local = Path(source).expanduser().is_dir() # a hub's tokenizer may have more files than we fetched for the model
-    safe = {"trust_remote_code": False, "revision": revision or "main"}
-    try:
-        words = tokenizer or AutoTokenizer.from_pretrained(str(folder if local else source), **safe)
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", device_map=spread, use_safetensors=True, **safe)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = re.split(r"(?<=[.:])\s", str(error).strip())[0] # the first sentence; the others are advice we won't take
-        what = f"transformers can't load this ({reason:.200})"
-        raise InputError(what, where=str(source), fix="name a folder with a causal model and its tokenizer") from error
+    words = tokenizer or _by_transformers("AutoTokenizer", folder if local else source, source, revision=at)
+    model = _by_transformers("AutoModelForCausalLM", folder, source, revision=at, dtype="auto", device_map=spread, use_safetensors=True)
     return HFCausalLM(model), words
+
+def _words_beside(
+    folder: Path, # of a model of ours
+) -> _Words:
+    "Its tokenizer: ours, or, where the model was made from one of theirs, theirs with its chat template. Raises `InputError`."
+    theirs = not (folder / FILE_NAME).exists() and (folder / "tokenizer_config.json").exists()
+    return _by_transformers("AutoTokenizer", folder, folder) if theirs else load_tokenizer(folder)
 
 # %% ../../nbs/72_constitutional.managers.ipynb #35dc1905
 def _ours(
@@ -373,7 +388,7 @@ def _load_source(
         return _load_theirs(source, tokenizer, spread, revision)
     quantized = (folder / _DESCRIPTION).exists()
     loaded: nn.Module = importlib.import_module(_QUANTIZED).load_quantized(folder) if quantized else DecoderLM.load(folder)
-    return loaded, tokenizer or load_tokenizer(folder)
+    return loaded, tokenizer or _words_beside(folder)
 
 # %% ../../nbs/72_constitutional.managers.ipynb #3f9b6b02
 def _check_fit(
@@ -405,7 +420,7 @@ def _chat_for(
     except InputError as error:
         if not bare:
             raise
-        fix = "give template=ChatTemplate() to add its marks, and fine-tune before you expect answers"
+        fix = "give template=ChatTemplate() to add its marks, and fine-tune before you expect answers (`mmie finetune` does both)"
         raise InputError("the tokenizer has no chat template", where=where, fix=fix) from error
 
 # %% ../../nbs/72_constitutional.managers.ipynb #16e5df83
@@ -434,13 +449,15 @@ class _Loaded:
     "What a loaded manager holds."
     model: CausalLM # in evaluation mode
     tokenizer: "_Words" # ours, theirs, or a finished format
-    chat: ChatFormat # template and tokenizer
+    chat: ChatFormat | None # template and tokenizer; None: it can only continue texts
 
 def _fetch(self: "ModelManager") -> _Loaded:
     "Everything from the source, in the right place and precision. Raises `InputError`."
     model, tokenizer = _load_source(self.source, self._given, self._spread, self.revision)
     _check_fit(model, tokenizer, self.name)
-    chat = _chat_for(model, tokenizer, self.template, self.name)
+    chat = None
+    with contextlib.suppress(InputError): # said to those who want to talk to it
+        chat = _chat_for(model, tokenizer, self.template, self.name)
     if self.from_disk and isinstance(model, nn.Module):
         inner = model.model if isinstance(model, HFCausalLM) else model
         stored = next((p.dtype for p in inner.parameters() if p.is_floating_point()), torch.float32)
@@ -583,7 +600,9 @@ class ModelManager:
         return cast(_Loaded, self.load()._kept).tokenizer
     @property
     def chat(self) -> ChatFormat: # loaded
-        return cast(_Loaded, self.load()._kept).chat
+        "How one talks to it. Raises `InputError` where the tokenizer has no chat template."
+        kept = cast(_Loaded, self.load()._kept)
+        return kept.chat or _chat_for(kept.model, kept.tokenizer, self.template, self.name)
     def __repr__(self) -> str:
         use = self.memory if self._kept else None
         return f"<ModelManager {self.name}: {f'on {self.device}, {format_bytes(use.weights)}' if use else 'not loaded'}>"

@@ -28,7 +28,7 @@ from torch import nn
 # %% ../../nbs/78_constitutional.pipeline.ipynb #ecc737fa
 from .constitution import Constitution
 from .critique import Revision, critique_revise, read_revisions, word_changes
-from .managers import PACKAGED, ModelManager
+from .managers import PACKAGED, ModelManager, stop_ids
 from .policy import DPOConfig, train_dpo
 from mmie.constitutional.preferences import (
     WORLD_WORDING, PairwiseJudge, PairwiseWording, PointwiseJudge, PointwiseWording, Preference, make_preferences, read_preferences,
@@ -192,7 +192,9 @@ def open_model(
     def manager(template: ChatTemplate | None) -> ModelManager:
         seed_everything(config.seed) # of new rows
         options = {"device": config.device, "dtype": config.dtype, "batch_size": config.batch_size}
-        return ModelManager(source, role=role, template=template, **options).load() # type: ignore[arg-type]
+        opened = ModelManager(source, role=role, template=template, **options) # type: ignore[arg-type]
+        _ = opened.chat # now, not in the middle of the work
+        return opened
     try:
         return manager(None)
     except InputError as error:
@@ -211,6 +213,7 @@ def save_aligned(
     "Write a model in the files of its kind. Raises `InputError` for one that is neither ours nor of transformers."
     model, words = opened.model, opened.tokenizer
     if isinstance(model, HFCausalLM):
+        model.model.generation_config.eos_token_id = sorted(stop_ids(model, opened.chat)) # transformers stops where we do
         model.model.save_pretrained(str(folder), safe_serialization=True)
         cast(HubTokenizer, words).save_pretrained(str(folder))
     elif isinstance(model, DecoderLM) and isinstance(words, BaseTokenizer):
