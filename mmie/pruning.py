@@ -272,9 +272,13 @@ def _fault(
     users: Mapping[int, list[str]], # names of the modules that hold each parameter, by its identity
 ) -> str: # "" if all is well
     "What speaks against it."
+    if not isinstance(module.weight, nn.Parameter):
+        return "its weights are made anew for each call, as with a mask or a weight norm: make them permanent, or skip it"
     weight, rule, holders = _matrix(module), _rule_of(config.pattern), users[id(module.weight)]
-    if weight.is_meta or not weight.is_floating_point():
-        return f"its weights are {'on the meta device' if weight.is_meta else weight.dtype}: load them first"
+    if weight.is_meta:
+        return "its weights are on the meta device: load them first"
+    if not weight.is_floating_point() or weight.element_size() == 1:
+        return f"its weights are {weight.dtype}: was it quantized by another library?"
     if not weight.isfinite().all():
         return "some of its weights are NaN or infinite: the training went wrong before this"
     if len(holders) > 1:

@@ -194,6 +194,19 @@ def test_faults_are_found_before_anything_changes() -> None:
         prune_model(nn.LayerNorm(4))
 
 
+@pytest.mark.parametrize("what", ["norm", "mask", "eight bits"])
+def test_weights_that_are_not_there_to_be_pruned(what: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    if what == "norm":
+        nn.utils.parametrizations.weight_norm(model[0])
+    elif what == "mask":
+        nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
+    else:
+        model[0].weight = nn.Parameter(model[0].weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(InputError, match="another library" if what == "eight bits" else "0: its weights are made anew"):
+        prune_model(model)
+
+
 def test_calibration_must_be_readable() -> None:
     model = decoder()
     with pytest.raises(InputError, match="has to see text"):

@@ -192,6 +192,13 @@ def test_what_is_used_twice_stays_one(way: str, tmp_path: Path) -> None:
     assert back.a is back.b and back.c.weight is back.d.weight
 
 
+def test_weights_of_eight_bits_already() -> None:
+    eight = nn.Sequential(nn.Linear(64, 64))
+    eight[0].weight = nn.Parameter(eight[0].weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(InputError, match=r"float8_e4m3fn .*another library"):
+        quantize(eight)
+
+
 def test_a_pattern_means_what_is_inside() -> None:
     model = decoder()
     small = quantize(model, QuantConfig(method="int4_weight", skip=("blocks.0.attention",), layers={"blocks.1": "int8_dynamic", "*.mlp": "int8_weight"}))

@@ -286,7 +286,7 @@ def _layer_faults(
     weight = _matrix(module) # detached: one that was made in inference mode couldn't be asked otherwise
     if weight.is_meta:
         yield Finding(name, "its weights are on the meta device", "load the weights first", fatal=True)
-    elif not weight.is_floating_point():
+    elif not weight.is_floating_point() or weight.element_size() == 1: # whole numbers, or eight-bit floats
         yield Finding(name, f"its weights are {weight.dtype}", "was it quantized by another library?", fatal=True)
     elif not weight.isfinite().all():
         what = f"{int((~weight.isfinite()).sum())} of its {weight.numel()} weights are NaN or infinite"
