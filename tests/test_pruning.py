@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from mmie.core import InputError
 from mmie.models.decoder import DecoderLM, ModelConfig
@@ -200,7 +201,7 @@ def test_weights_that_are_not_there_to_be_pruned(what: str) -> None:
     if what == "norm":
         nn.utils.parametrizations.weight_norm(model[0])
     elif what == "mask":
-        nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
+        prune.l1_unstructured(model[0], "weight", 0.5)
     else:
         model[0].weight = nn.Parameter(model[0].weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(InputError, match="another library" if what == "eight bits" else "0: its weights are made anew"):

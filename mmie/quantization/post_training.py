@@ -874,7 +874,7 @@ def _format_class(
     kind: str, # as in the file
 ) -> type[QuantizedLinear]:
     "The layers of a format, whether or not somebody has imported them. Raises `InputError` for one that isn't known."
-    if kind in _ELSEWHERE:
+    if kind in _ELSEWHERE and kind not in QuantizedLinear.KINDS: # a class that is there already stays the one
         importlib.import_module(_ELSEWHERE[kind]) # its class registers itself
     if kind not in QuantizedLinear.KINDS:
         raise InputError(f"no format is called {kind!r}", where="load_quantized", fix="is it your own? Import the module that has it first")
