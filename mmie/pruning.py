@@ -29,6 +29,7 @@ from .models.decoder import IGNORE, ModelConfig
 from .quantization.activations import CalibrationData, watch_inputs
 from .quantization.calibrated import HessianWatcher, inverse_factor
 from .quantization.linear import QuantizedLinear, frozen
+from .quantization.post_training import untouched_router
 from .training.data import Batch
 from .training.trainer import Callback, LossFunction, Trainer, next_token_sum
 
@@ -245,14 +246,16 @@ def prunable(
 ) -> dict[str, nn.Module]: # layers by name, in the order of the model
     "The layers whose weights may go. Raises `InputError` for a name in the configuration that no layer has."
     modules = dict(model.named_modules())
-    linear = {name: m for name, m in modules.items() if _is_linear(m, modules.get(name.rpartition(".")[0]) if name else None)}
+    parents = {name: modules.get(name.rpartition(".")[0]) if name else None for name in modules}
+    linear = {name: m for name, m in modules.items() if _is_linear(m, parents[name])}
     for pattern in (*config.skip, *config.layers):
         if not fnmatch.filter(linear, pattern):
             where = "skip" if pattern in config.skip else "layers"
             raise InputError(f"{pattern!r} matches no layer", where=where, fix=did_you_mean(pattern, list(linear)))
     out = None if config.head else _output_layer(model)
     return {name: m for name, m in linear.items()
-            if m is not out and not any(fnmatch.fnmatchcase(name, pattern) for pattern in config.skip)}
+            if m is not out and not untouched_router(name, parents[name], config.layers)
+            and not any(fnmatch.fnmatchcase(name, pattern) for pattern in config.skip)}
 
 def _share(
     name: str, # of a layer
@@ -269,9 +272,13 @@ def _fault(
     users: Mapping[int, list[str]], # names of the modules that hold each parameter, by its identity
 ) -> str: # "" if all is well
     "What speaks against it."
+    if not isinstance(module.weight, nn.Parameter):
+        return "its weights are made anew for each call, as with a mask or a weight norm: make them permanent, or skip it"
     weight, rule, holders = _matrix(module), _rule_of(config.pattern), users[id(module.weight)]
-    if weight.is_meta or not weight.is_floating_point():
-        return f"its weights are {'on the meta device' if weight.is_meta else weight.dtype}: load them first"
+    if weight.is_meta:
+        return "its weights are on the meta device: load them first"
+    if not weight.is_floating_point() or weight.element_size() == 1:
+        return f"its weights are {weight.dtype}: was it quantized by another library?"
     if not weight.isfinite().all():
         return "some of its weights are NaN or infinite: the training went wrong before this"
     if len(holders) > 1:
@@ -384,8 +391,8 @@ def prune_model(
     "A model with fewer weights. Raises `InputError` listing every reason why it can't be done, before anything is changed."
     config = method if isinstance(method, PruneConfig) else PruneConfig(method=method)
     _check_prunable(model, config, calibration)
-    new = model if inplace else copy.deepcopy(model)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(): # weights that can be trained again, wherever it is called
+        new = model if inplace else copy.deepcopy(model)
         (_prune_units if config.method == "structured" else _prune_weights)(new, config, calibration)
     return new
 
@@ -510,6 +517,7 @@ def sparsity_report(
     return SparsityReport(tuple(_layer_sparsity(name, m) for name, m in linear.items()))
 
 # %% ../nbs/88_pruning.ipynb #6db9fc57
+@torch.inference_mode(False) # tensors like any others, wherever it is called
 def pack_pruned(
     model: _Model, # pruned: not touched
 ) -> _Model: # the same predictions in fewer bytes, frozen; `restore` makes it a plain model again

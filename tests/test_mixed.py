@@ -214,8 +214,8 @@ def test_from_sensitivity_to_a_saved_model(model: DecoderLM, ids: torch.Tensor, 
     assert torch.equal(load_quantized(tmp_path)(ids), small(ids))
     kinds = {layer.kind for layer in small.modules() if hasattr(layer, "kind")}
     assert {"int4_weight", "int8_weight"} <= kinds
-    generous = choose_layers(found, 10 * tensor_bytes(model))
-    assert not generous.layers and "embedding" in generous.skip
+    generous = choose_layers(found, tensor_bytes(model) - 1)
+    assert "embedding" in generous.skip and len(generous.layers) == 1 # the one that does the least harm
 
 
 def test_mistakes(model: DecoderLM, ids: torch.Tensor) -> None:

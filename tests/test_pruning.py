@@ -1,5 +1,7 @@
 "What chapter 88 has no room for: odd shapes, every setting, other people's models, resumed runs."
 import copy
+import subprocess
+import sys
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from mmie.core import InputError
 from mmie.models.decoder import DecoderLM, ModelConfig
@@ -192,6 +195,19 @@ def test_faults_are_found_before_anything_changes() -> None:
         prune_model(nn.LayerNorm(4))
 
 
+@pytest.mark.parametrize("what", ["norm", "mask", "eight bits"])
+def test_weights_that_are_not_there_to_be_pruned(what: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    if what == "norm":
+        nn.utils.parametrizations.weight_norm(model[0])
+    elif what == "mask":
+        prune.l1_unstructured(model[0], "weight", 0.5)
+    else:
+        model[0].weight = nn.Parameter(model[0].weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(InputError, match="another library" if what == "eight bits" else "0: its weights are made anew"):
+        prune_model(model)
+
+
 def test_calibration_must_be_readable() -> None:
     model = decoder()
     with pytest.raises(InputError, match="has to see text"):
@@ -319,6 +335,42 @@ def test_packed_models_come_back_from_files(tmp_path: Path) -> None:
         back = restore(packed, dtype)
         assert all(value.equal(back.state_dict()[name]) for name, value in model.state_dict().items())
         assert sparsity_report(packed).sparsity == sparsity_report(model).sparsity
+
+
+def test_a_packed_model_comes_back_to_a_program_that_never_heard_of_pruning(tmp_path: Path) -> None:
+    packed, ids = pack_pruned(prune_model(decoder(), PruneConfig(pattern="2:4"))), reading()[0]
+    save_quantized(packed, tmp_path / "packed")
+    torch.save(ids, tmp_path / "ids.pt")
+    code = """if True:
+        import sys, torch
+        from mmie.quantization.post_training import load_quantized
+        assert "mmie.pruning" not in sys.modules
+        with torch.inference_mode():
+            torch.save(load_quantized("packed")(torch.load("ids.pt")), "logits.pt")"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    with torch.inference_mode():
+        assert torch.load(tmp_path / "logits.pt").equal(packed(ids))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_inside_of_inference_mode(inplace: bool) -> None:
+    "What is pruned there can be trained afterwards."
+    for config in (PruneConfig(), PruneConfig(method="sparsegpt", refit=True), PruneConfig(method="structured", heads=0.5, refit=True)):
+        model = decoder(bias=True)
+        with torch.inference_mode():
+            pruned = prune_model(model, config, reading(), inplace=inplace)
+            packed = pack_pruned(pruned) if config.method != "structured" else pruned
+        for one in (pruned, packed):
+            assert not any(p.is_inference() for p in one.parameters()), config
+            one(reading()[0]).logsumexp(-1).sum().backward()
+        assert all(p.grad is not None for p in pruned.parameters()), config
+
+
+def test_routers_stay_unless_they_are_named() -> None:
+    model = decoder(experts=3)
+    gone = lambda config: [name for name, p in prune_model(model, config).named_parameters() if "mlp" in name and (p == 0).any()] # noqa: E731
+    assert len(gone(PruneConfig())) == 18 and not any("router" in name for name in gone(PruneConfig(layers={"*": 0.6})))
+    assert [name for name in gone(PruneConfig(layers={"blocks.0.*.router": 0.5})) if "router" in name] == ["blocks.0.mlp.router.weight"]
 
 
 def test_only_what_gets_smaller_is_packed() -> None:

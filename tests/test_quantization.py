@@ -135,6 +135,19 @@ def test_inside_of_inference_mode() -> None:
     model(IDS).sum().backward()
 
 
+def test_back_from_inference_mode(tmp_path: Path) -> None:
+    "So can what is restored or loaded there, and a model that was itself made there can be quantized outside."
+    small = quantize(decoder(bias=True), CONFIGS["awq"], TEXT)
+    save_quantized(small, tmp_path)
+    with torch.inference_mode():
+        born = decoder(bias=True)
+        back, loaded, own = restore(small), load_quantized(tmp_path), load_quantized(tmp_path, decoder(bias=True))
+    for model in (back, loaded, own, quantize(born, "int8_static", TEXT)):
+        assert not any(p.is_inference() for p in model.parameters())
+        model(IDS).logsumexp(-1).sum().backward()
+    assert all(p.grad is not None for p in back.parameters())
+
+
 def test_autocast_and_threads() -> None:
     model = decoder()
     with torch.autocast("cpu", torch.bfloat16):
@@ -179,6 +192,13 @@ def test_what_is_used_twice_stays_one(way: str, tmp_path: Path) -> None:
     assert back.a is back.b and back.c.weight is back.d.weight
 
 
+def test_weights_of_eight_bits_already() -> None:
+    eight = nn.Sequential(nn.Linear(64, 64))
+    eight[0].weight = nn.Parameter(eight[0].weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(InputError, match=r"float8_e4m3fn .*another library"):
+        quantize(eight)
+
+
 def test_a_pattern_means_what_is_inside() -> None:
     model = decoder()
     small = quantize(model, QuantConfig(method="int4_weight", skip=("blocks.0.attention",), layers={"blocks.1": "int8_dynamic", "*.mlp": "int8_weight"}))
@@ -186,6 +206,42 @@ def test_a_pattern_means_what_is_inside() -> None:
     assert type(small.blocks[0].mlp.down_proj) is Int8Linear and type(small.blocks[1].mlp.down_proj) is Int8DynamicLinear
     assert not any(name.startswith("blocks.0") for name in quantizable(model, QuantConfig(skip=("blocks.0",))))
     assert not any(isinstance(m, Int4Linear) for m in small.modules())
+
+
+ROUTER = "blocks.0.mlp.router"
+
+
+def test_routers_stay_unless_they_are_named(tmp_path: Path) -> None:
+    model = decoder(experts=3)
+    for config in (QuantConfig(), QuantConfig(method="nf4_weight"), QuantConfig(layers={"*": "int4_weight"}), QuantConfig(layers={"blocks.0": "int4_weight"}),
+                   QuantConfig(layers={"blocks.0.mlp.*": "int4_weight"}), QuantConfig(layers={"*": "int4_weight", "blocks.1.*.router": "int8_weight"})):
+        if len(config.layers) < 2:
+            small = quantize(model, config)
+            assert small.get_submodule(ROUTER).weight.equal(model.get_submodule(ROUTER).weight) and is_quantized(small.blocks[0].mlp.experts)
+        found = [f for f in check_compatible(model, config) if f.name == ROUTER]
+        assert ROUTER not in quantizable(model, config) and not found[0].fatal and "experts" in found[0].what
+    for pattern in (ROUTER, "*.router", "*router"):
+        small = quantize(model, QuantConfig(layers={pattern: "int8_dynamic"}))
+        assert type(small.get_submodule(ROUTER)) is Int8DynamicLinear
+        save_quantized(small, tmp_path)
+        assert says(load_quantized(tmp_path)).equal(says(small))
+    with pytest.raises(InputError, match="matches no linear layer"): # as the first pattern counts
+        quantize(model, QuantConfig(layers={"*": "int4_weight", "*.router": "int8_weight"}))
+    for named in (None, QuantConfig(layers={"*.router": "int8_weight"})):
+        found = layer_sensitivity(model, IDS, ("int8_weight",), named)
+        assert not any("router" in name for unit in found.units for name in unit) and found.total([1] * len(found.units))[1] == size_report(model).memory
+
+
+def test_a_gate_is_a_router_beside_experts_only() -> None:
+    class Mixture(nn.Module):
+        def __init__(self, experts: bool) -> None:
+            super().__init__()
+            self.gate, self.up = nn.Linear(64, 4), nn.Linear(64, 64)
+            if experts:
+                self.experts = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+
+    assert list(quantizable(Mixture(False))) == ["gate", "up"]
+    assert list(quantizable(Mixture(True))) == ["up", *(f"experts.{n}" for n in range(4))]
 
 
 def test_layers_that_stay() -> None:
@@ -271,7 +327,20 @@ def test_any_budget() -> None:
     for share in (0.25, 0.5, 0.9):
         for exact in (True, False):
             assert size_report(quantize(model, choose_layers(found, share * whole, exact=exact))).memory <= share * whole
-    assert set(choose_layers(found, float("inf")).skip) == set(found.formats)
+    for exact in (True, False):
+        assert size_report(quantize(model, choose_layers(found, whole - 1, exact=exact))).memory < whole
+        for enough in (whole, float("inf")):
+            with pytest.raises(InputError, match=f"as it is .*less than {whole:,} bytes"): # not a plan that quantize would refuse
+                choose_layers(found, enough, exact=exact)
+
+
+def test_a_layer_that_hears_nothing() -> None:
+    "Inputs that are all zero leave nothing to choose by."
+    model = decoder()
+    for block in model.blocks:
+        block.mlp_norm.weight.data.zero_()
+    for way in ("awq", "awq, gptq", "dynamic, smooth", "static, smooth"):
+        assert far(says(quantize(model, CONFIGS[way], TEXT)), says(model)) < 0.25, way
 
 
 # ---- files
@@ -298,6 +367,8 @@ def test_damaged_files(tmp_path: Path) -> None:
         (tmp_path / name / "quantized.json").write_text(json.dumps(record), encoding="utf-8")
         with pytest.raises(InputError):
             load_quantized(tmp_path / name)
+    with pytest.raises(InputError, match=r"no format is called 'x'.*Import the module"):
+        load_quantized(tmp_path / "kind")
     for at in (0, 100, -1):
         data = bytearray((tmp_path / "good" / "quantized.safetensors").read_bytes())
         data[at] ^= 1

@@ -160,6 +160,8 @@ def awq_scale(
     x = inputs.detach().to(real)
     size = x.abs().mean(0)
     _check_columns(size, real)
+    if not size.any(): # a layer that hears nothing has no input to prefer
+        return torch.ones_like(size)
     gram = x.T @ (x / len(x))
     size = size.clamp(min=max(1e-4 * float(size.max()), torch.finfo(size.dtype).tiny))
     best, lowest = torch.ones_like(size), torch.inf

@@ -125,7 +125,7 @@ def layer_sensitivity(
         raise InputError(f"methods {tuple(methods)}", where="methods", fix="give one or more, each once")
     base = config or QuantConfig()
     whole = {method: quantize(model, base.replace(layers={"*": method}), calibration) for method in methods}
-    layers = quantizable(model, base)
+    layers = quantizable(model, base.replace(layers={"*": methods[0]})) # those of `whole`
     units = _units(layers)
     swaps = [{name: whole[method].get_submodule(name) for name in unit} for unit in units for method in methods]
     harm = swap_divergence(model, swaps, ids, batch=batch).view(len(units), -1)
@@ -210,13 +210,16 @@ def choose_layers(
     *,
     exact: bool = True, # the optimum; False: greedily
 ) -> QuantConfig: # for `quantize`: a method for each layer
-    "The least harm that fits into a number of bytes. Raises `InputError` for fewer bytes than the methods can reach."
+    "The least harm that fits into a number of bytes. Raises `InputError` for fewer than they can reach, or enough for floats."
     spend = spend_exactly if exact else spend_greedily
-    least, most = (int(ends.sum()) + found.rest for ends in (found.size.min(1).values, found.size.max(1).values))
+    least, whole = (int(sizes.sum()) + found.rest for sizes in (found.size.min(1).values, found.size[:, -1]))
     if not budget >= least:
         raise InputError(f"{format_bytes(budget)} are too few for this model", where="budget",
                          fix=f"these methods need {least:,} bytes at least")
-    choice = spend(found.harm, found.size, int(min(budget, most)) - found.rest)
+    if budget >= whole:
+        raise InputError(f"{format_bytes(budget)} are enough for the model as it is", where="budget",
+                         fix=f"keep it, or spend less than {whole:,} bytes")
+    choice = spend(found.harm, found.size, int(budget) - found.rest)
     formats = {name: found.formats[name][m] for unit, m in zip(found.units, choice, strict=True) for name in unit}
     keep = tuple(name for name, format in formats.items() if format == "float")
     layers = {name: format for name, format in formats.items() if format not in ("float", "table")}
