@@ -23,6 +23,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+import numpy as np
 import regex
 
 from ..core import InputError, did_you_mean, read_mapping
@@ -801,11 +802,11 @@ _PERSONAL: Mapping[str, tuple[str, Callable[[str], bool]]] = { # kind → patter
     "identity number (Spain)": (r"\b(?:\d{8}|[XYZ]-?\d{7})-?[A-Z]\b", _dni),
     "CPF (Brazil)": (r"\b\d{3}\.\d{3}\.\d{3}-\d{2}\b", lambda n: _cpf(n.replace(".", ""))),
     "insurance number (Canada)": (r"\b(?<!\d[ -])(?!000)\d{3}([ -])\d{3}\1\d{3}\b(?![ -]\d)", _luhn),
-    "IP address": (r"(?=[\da-fA-F:])" + _RELEASED + r"(?:(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}|"
-                   r"(?<![\w.:])[0-9a-fA-F]{0,4}(?::[0-9a-fA-F]{0,4}){2,7}"
+    "IP address": (r"(?=[\da-fA-F:])(?<![\w.])(?=\d{1,3}\.\d|[\da-fA-F]{0,4}:)" + _RELEASED + r"(?:(?:\d{1,3}\.){3}\d{1,3}|"
+                   r"(?<!:)[0-9a-fA-F]{0,4}(?::[0-9a-fA-F]{0,4}){2,7}"
                    r"(?:(?<=:)(?:\d{1,3}\.){3}\d{1,3}|(?!:)))(?!\w|\.\d)", _address),
-    "phone": (r"(?<![\w+])(?=[+(\d])(?:\+\d{1,3}[ -]?(?:\(\d{1,4}\)[ -]?)?(?:\d[ -]?){6,12}\d|" + _NUMBERED
-              + r"(?:\(\d{3}\) ?\d{3}-\d{4}|(?:1[ -])?\d{3}-\d{3}-\d{4}|(?:[2-9]\d\d\.){2}\d{4})|" + _CALLED
+    "phone": (r"(?<![\w+])(?=[+(\d])(?:\+\d{1,3}[ -]?(?:\(\d{1,4}\)[ -]?)?(?:\d[ -]?){6,12}\d|(?=\(?\d{3}[).-]|1[ -]\d{3}-)" + _NUMBERED
+              + r"(?:\(\d{3}\) ?\d{3}-\d{4}|(?:1[ -])?\d{3}-\d{3}-\d{4}|(?:[2-9]\d\d\.){2}\d{4})|(?=0\d)" + _CALLED
               + r"(?!\d{1,2}[ /-]\d{1,2}[ /-]\d{4})0\d(?:[ /()-]{0,2}\d){6,12})(?!\w)", lambda _: True),
 }
 
@@ -830,16 +831,44 @@ def _valid_end(
     kind: str, # of personal data
 ) -> int: # where it really ends; 0: it's something else
     "A match may have swallowed the next number, or word."
-    check, places = _PERSONAL[kind][1], [i for i in range(*span) if text[i].isalnum() or text[i] in ".:"]
-    letters = "".join(map(text.__getitem__, places))
-    if check(letters):
-        return span[1]
-    for count in range(len(letters) - 1, 12 if kind in _NUMBERS else len(letters), -1):
-        if not text[places[count - 1] + 1].isalnum() and check(letters[:count]):
-            return places[count - 1] + 1
+    (start, end), check = span, _PERSONAL[kind][1]
+    while end > start:
+        if check(text[start:end].replace(" ", "").replace("-", "")):
+            return end
+        end = max(text.rfind(" ", start, end), text.rfind("-", start, end)) if kind in _NUMBERS else 0
     return 0
 
+# %% ../../nbs/61_safety.principles.ipynb #5c0be1f7
+_HEADS = np.array([[bool(_CARD.fullmatch(f"{head:02}".ljust(n, "0"))) for n in range(13, 20)] for head in range(100)]) # by length
+
+
+def _card_starts(
+    text: str, # as typed
+) -> list[int]: # in order; too many, since anything may stand between the digits
+    "Where a card's number may begin: two digits that some card begins with, and for one of its lengths Luhn's test passes."
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+    places = np.flatnonzero((codes >= ord("0")) & (codes <= ord("9")))
+    digits = (codes[places] - ord("0")).astype(np.uint8)
+    heads, even, found = digits[:-1] * 10 + digits[1:], np.arange(len(digits)) % 2 == 0, np.zeros(len(digits), bool)
+    sums = [np.append(0, np.where(plain, digits, digits * 2 - 9 * (digits > 4)).cumsum() % 10) for plain in (even, ~even)]
+    for n in range(13, min(19, len(digits)) + 1):
+        starts = len(digits) - n + 1
+        passed = np.where(even[n - 1:], *(total[n:] == total[:-n] for total in sums)) # a number's last digit isn't doubled
+        found[:starts] |= _HEADS[heads[:starts], n - 13] & passed
+    return places[found].tolist()
+
 # %% ../../nbs/61_safety.principles.ipynb #a2447234
+def _matches(
+    text: str, # as typed
+    kind: str, # of personal data
+) -> Iterable[regex.Match[str]]: # in order
+    "What looks like a kind of personal data."
+    pattern = _KINDS[kind][0]
+    if kind == "card" and pattern.search(text):
+        return filter(None, (pattern.match(text, start) for start in _card_starts(text)))
+    return pattern.finditer(text, overlapped=kind in _NUMBERS)
+
+
 def find_personal_data(
     text: str, # anything
 ) -> tuple[Span, ...]: # the rule is the kind; in order, none overlapping
@@ -847,10 +876,10 @@ def find_personal_data(
     table = {ord(c): _as_typed(c) for c in set(_checked_text(text)) if not c.isascii()}
     plain, places = text.translate(table), [i for i, c in enumerate(text) if table.get(ord(c), c)] if "" in table.values() else None
     found, taken = list[Span](), bytearray(len(plain)) # so that a million addresses needn't be compared with each other
-    for kind, (pattern, _) in _KINDS.items():
-        for match in pattern.finditer(plain, overlapped=kind in _NUMBERS):
-            start, end = match.start(), 0 if any(taken[match.start():match.end()]) else _valid_end(plain, match.span(), kind)
-            if end:
+    for kind in _KINDS:
+        for match in _matches(plain, kind):
+            start, end = match.start(), 0 if taken[match.start()] else _valid_end(plain, match.span(), kind)
+            if end and not any(taken[start:end]):
                 taken[start:end] = b"\1" * (end - start)
                 found.append(Span(places[start], places[end - 1] + 1, kind) if places else Span(start, end, kind))
     return tuple(sorted(found, key=lambda span: span.start))
