@@ -2,7 +2,10 @@
 import itertools
 import re
 import time
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -306,10 +309,29 @@ def test_a_judge_that_raises_fails_closed(error: Exception) -> None:
     assert [e.label for e in said] == ["bad", "not evaluated", "bad"] and all(type(error).__name__ in said[i].reason for i in (0, 2))
 
 
-def test_a_judge_wants_a_list() -> None:
+@pytest.mark.parametrize("wrong", ["one text", None, b"bytes", 3, {"a": "text"}])
+def test_evaluators_want_a_list(wrong: Any) -> None:
     judge = Judge(SimpleNamespace(max_length=None), ByteTokenizer(special_tokens=list(ChatTemplate().special_tokens))) # type: ignore[arg-type]
-    with pytest.raises(InputError, match="list of texts"):
-        judge.evaluate("one text", "harm")
+    message = f"list of texts, not a {type(wrong).__name__} .*wrap a single text"
+    for evaluate in (lambda: judge.evaluate(wrong, "harm"), lambda: evaluate_all(wrong), lambda: evaluate_all(wrong, judge=judge)):
+        with pytest.raises(InputError, match=message):
+            evaluate()
+    with pytest.raises(InputError, match="only text"):
+        judge.evaluate([wrong] if wrong != "one text" else [None], "harm")
+    assert [e["harm"].label for e in evaluate_all(iter(["...", "!"]), judge=judge)] == ["not evaluated"] * 2 # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ask", [lambda p: sightings("x", p), lambda p: evaluate_by_rules("x", p), lambda p: judge_request("x", p),
+                                 lambda p: evaluate_all(["x"], [p]), lambda p: Judge.evaluate(None, [], p)]) # type: ignore[arg-type]
+@pytest.mark.parametrize("wrong", ["harms", ["harm"], None])
+def test_unknown_principles(ask: Callable[[Any], object], wrong: object) -> None:
+    with pytest.raises(InputError, match="no principle"):
+        ask(wrong)
+
+
+def test_a_model_alone_is_no_judge() -> None:
+    with pytest.raises(InputError, match="SimpleNamespace is no judge"):
+        evaluate_harm_potential("x", SimpleNamespace(max_length=None)) # type: ignore[arg-type]
 
 
 def test_a_table_with_mistakes(tmp_path) -> None: # type: ignore[no-untyped-def]
@@ -318,3 +340,25 @@ def test_a_table_with_mistakes(tmp_path) -> None: # type: ignore[no-untyped-def]
                     "  - {id: a, principle: harm, category: x, pattern: 'x <persons>', matches: [x man]}\n", encoding="utf-8")
     with pytest.raises(InputError, match="did you mean 'person'"):
         RuleTable.read(file)
+
+
+RULE = "id: a, principle: harm, category: x, pattern: x, matches: [x]"
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"words": None}, "section 'words' is missing, or isn't a mapping"), ({"words": "[bomb]"}, "section 'words'"), ({"rules": None}, "section 'rules' .* list"),
+    ({"words": "{a: bomb}"}, "'bomb' is no list of words .words, a.: write .verbs: 'make"), ({"words": "{a: {noun: bomb}}"}, "no list of words"),
+    ({"words": "{a: {nouns: [bomb]}}"}, "no list of words"), ({"words": "{a: {lists: b}, b: {lists: a}}"}, "<a> contains itself"),
+    ({"rules": "[bomb]"}, "'bomb' isn't a set of named values .*rule 1"), ({"rules": "[{id: a, principle: harm}]"}, "'category' is missing .*rule 1"),
+    ({"rules": f"[{{{RULE}, wieght: 1}}]"}, "no 'wieght' here .*did you mean 'weight'"), ({"rules": f"[{{{RULE}, weight: high}}]"}, "weight of 'high'"),
+    ({"rules": f"[{{{RULE.replace('[x]', 'x')}}}]"}, "matches is no list"), ({"rules": f"[{{{RULE.replace('pattern: x', 'pattern: 7')}}}]"}, "7 is no pattern"),
+    ({"homonyms": "[{matches: [x]}]"}, "'pattern' is missing .*homonym 1"), ({"excuses": "{odd: {befor: x}}"}, "excuse odd.: did you mean 'before'"),
+    ({"homonyms": "[{pattern: 'a ) b ('}]"}, "brackets don't match")])
+def test_a_table_of_another_shape(tmp_path: Path, changed: dict[str, str | None], message: str) -> None:
+    sections = {"words": "{}", "homonyms": "[]", "excuses": "{}", "rules": f"[{{{RULE}}}]"}
+    def read(parts: dict[str, str | None]) -> RuleTable:
+        (tmp_path / "rules.yaml").write_text("".join(f"{name}: {part}\n" for name, part in parts.items() if part), encoding="utf-8")
+        return RuleTable.read(tmp_path / "rules.yaml")
+    assert len(read({**sections}).rules) == 1
+    with pytest.raises(InputError, match=message):
+        read(sections | changed)
