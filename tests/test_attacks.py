@@ -96,6 +96,15 @@ def test_bad_stacks(names):
         convert("text", names)
 
 
+@pytest.mark.parametrize("wrong", [None, b"bytes", 3, ["text"]])
+def test_only_text_is_disguised(wrong):
+    for change in (convert, unconvert):
+        with pytest.raises(InputError, match="only text can be disguised"):
+            change(wrong, ["rot13"])
+    with pytest.raises(InputError, match="no strategy"):
+        Attack(None)
+
+
 def test_broken_unicode_and_lost_ways():
     with pytest.raises(InputError, match="isn't Unicode"):
         convert("a\udc00", ["base64"])

@@ -26,6 +26,7 @@ from mmie.safety.filters import (
     _without_refusals,
     answer_pieces,
     redact,
+    threshold_errors,
 )
 from mmie.safety.principles import PRINCIPLES, Evaluation, Judge, PrincipleName, Span, evaluate_by_rules, find_personal_data, rule_table
 from mmie.tokenization.base import ByteTokenizer
@@ -257,6 +258,23 @@ def test_mistakes_in_the_call() -> None:
             redact("short", spans)
     with pytest.raises(InputError, match="somebody who reads"):
         SafetyFilter(evaluators=["rules"]) # type: ignore[list-item]
+    with pytest.raises(InputError, match="a list of evaluators"):
+        SafetyFilter(evaluators=fake) # type: ignore[arg-type]
+    with pytest.raises(InputError, match="dict is no FilterSettings"):
+        SafetyFilter({"harm": {"block": 0.9}}) # type: ignore[arg-type]
+    with pytest.raises(InputError, match="str is no judge"):
+        SafetyFilter(judge="a model") # type: ignore[arg-type]
+    for pieces in (None, b"bytes", 3):
+        with pytest.raises(InputError, match="isn't a text in pieces"):
+            guard.stream(pieces) # type: ignore[arg-type]
+    model = FilteredModel(None, ByteTokenizer()) # type: ignore[arg-type]
+    for said in (None, ["a text"], [None], 3):
+        with pytest.raises(InputError, match="is no conversation"):
+            model.stream(said) # type: ignore[arg-type]
+    with pytest.raises(InputError, match="wrap a single one"):
+        model("each letter would be a conversation")
+    with pytest.raises(InputError, match="NaN"):
+        threshold_errors([True, False], [float("nan"), 0.1])
 
 
 def test_a_blocked_stream_closes_its_source() -> None:

@@ -18,6 +18,7 @@ from mmie.safety.labelled import (
     EmbeddingEvaluator,
     LabelledItem,
     closest_pairs,
+    fit_hints,
     fit_logistic,
     labelled,
     measure_evaluations,
@@ -195,6 +196,8 @@ def test_what_cannot_be_measured_is_refused() -> None:
         measure_evaluations(items, [Said("unsafe", 1.0)] * len(items))
     with pytest.raises(InputError, match="each item once"):
         measure_evaluations([items[0], items[0]], [Said("bad", 1.0)] * 2)
+    with pytest.raises(InputError, match="float is no verdict"):
+        measure_evaluator(lambda text: 0.5, items) # type: ignore[arg-type, return-value]
     with pytest.raises(InputError, match="probabilities"):
         measure_evaluations(items, [Said("bad", 7.0)] * len(items), draws=50)
     with pytest.raises(InputError, match="7 reports"):
@@ -229,8 +232,11 @@ def test_witnesses_add_up_and_empty_texts_have_none() -> None:
     assert judge("\n\t ").label == "not evaluated" and judge.evaluate([]) == []
     with pytest.raises(InputError):
         witnesses(judge, " ")
-    with pytest.raises(InputError, match="not NoneType"):
+    with pytest.raises(InputError, match="not a NoneType"):
         judge(None) # type: ignore[arg-type]
+    for ask in (judge.evaluate, closest_pairs, lambda texts: [fit_hints(of("dev", "autonomy"), texts)]):
+        with pytest.raises(InputError, match="list of texts, not a str"):
+            list(ask("each letter would be a text"))
 
 
 @FEW

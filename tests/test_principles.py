@@ -2,7 +2,10 @@
 import itertools
 import re
 import time
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from mmie.core import InputError
 from mmie.safety import principles
 from mmie.safety.principles import (
+    _KINDS,
     PRINCIPLES,
     Evaluation,
     Judge,
@@ -19,7 +23,9 @@ from mmie.safety.principles import (
     RuleLanguage,
     RuleTable,
     _blanked,
+    _card_starts,
     _passages,
+    _valid_end,
     evaluate_all,
     evaluate_by_rules,
     evaluate_harm_potential,
@@ -210,6 +216,13 @@ def test_personal_data_beside_something_else(text: str, found: str) -> None:
     assert [text[s.start:s.end] for s in find_personal_data(text)] == [found]
 
 
+@pytest.mark.parametrize(("text", "kinds"), [
+    ("GB82 WEST 1234 5698 7654 32 ada@example.org", ["IBAN", "e-mail"]), ("5500 0000 0000 0004 12a@example.org", ["card", "e-mail"]),
+    ("5500 0000 0000 0004 1 85 05 78 006 084 91", ["card", "security number (France)"])])
+def test_a_number_that_runs_into_the_next_find(text: str, kinds: list[str]) -> None:
+    assert [s.rule for s in find_personal_data(text)] == kinds
+
+
 @pytest.mark.parametrize("text", [
     "::", "x :: Int", "a::b", "std::vector", "12:30:45", "00:1A:2B:3C:4D:5E", "1.2.3.4.5", "version 1.2.3.4", "Section 1.2.3.4", "999.999.999.999",
     "GB82 WEST 1234 5698 7654 33", "5500-0000-0000-0005", "0000 0000 0000 0000", "978-3-16-148410-0", "12345678A", "X1234567A", "111.444.777-36", "000 000 000",
@@ -226,7 +239,7 @@ def test_personal_data_in_any_text(text: str) -> None:
     assert all(0 <= s.start < s.end <= len(text) for s in spans) and all(a.end <= b.start for a, b in itertools.pairwise(spans))
 
 
-@pytest.mark.parametrize("piece", ["a@b.org ", "192.168.0.1 ", "4111111111111111 ", "a", "1 ", "1", "4 ", "a.", "a@", "a'", "1:", "+1 ", "A1 ", "tel: 0", "order no. "])
+@pytest.mark.parametrize("piece", ["a@b.org ", "192.168.0.1 ", "4111111111111111 ", "a", "1 ", "1", "4 ", "a.", "a@", "a'", "1:", "+1 ", "A1 ", "tel: 0", "order no. ", "4 44 ", "4 4-", "4.", "(4) ", "+4 ", "00 "])
 def test_personal_data_in_linear_time(piece: str) -> None:
     def seconds(length: int) -> float:
         start = time.process_time()
@@ -234,6 +247,22 @@ def test_personal_data_in_linear_time(piece: str) -> None:
         return time.process_time() - start
     short, long = (min(seconds(length) for _ in range(3)) for length in (20_000, 80_000))
     assert long < 8 * short + 0.1 # four times the text: linear is 4, quadratic 16
+
+
+@pytest.mark.parametrize("piece", ["4 ", "4 44 ", "4 4-", "4-4 44 ", "22 ", "6 6 ", "4\u00a0", "3 0 0 0 0 ", "(4" + " 4" * 20])
+def test_few_numbers_of_a_hostile_text_are_looked_at_closely(monkeypatch: pytest.MonkeyPatch, piece: str) -> None:
+    calls = list[str]()
+    monkeypatch.setattr(principles, "_valid_end", lambda text, span, kind: calls.append(kind) or 0)
+    find_personal_data(piece * 1000)
+    assert len(calls) < 100, calls[0]
+
+
+@FEW
+@given(st.text(alphabet="0123456 -", min_size=40, max_size=200), st.sampled_from(["4111 1111 1111 1111", "5500-0000-0000-0004", "6304000000000000"]))
+def test_no_card_is_missed(text: str, card: str) -> None:
+    text = f"{text} {card} {text}"
+    found = [m.start() for m in _KINDS["card"][0].finditer(text, overlapped=True) if _valid_end(text, m.span(), "card")] # each by itself
+    assert len(text) // 2 - len(card) // 2 in found and set(found) <= set(_card_starts(text))
 
 
 @pytest.mark.parametrize(("text", "folded"), [("\u0411\u041e\u041c\u0412", None), ("\u041d\u041eW", "how"), ("\ufb01rearm", "firearm"), ("\ufb01\u200b", "fi"), ("\u338f", "kg")])
@@ -280,10 +309,29 @@ def test_a_judge_that_raises_fails_closed(error: Exception) -> None:
     assert [e.label for e in said] == ["bad", "not evaluated", "bad"] and all(type(error).__name__ in said[i].reason for i in (0, 2))
 
 
-def test_a_judge_wants_a_list() -> None:
+@pytest.mark.parametrize("wrong", ["one text", None, b"bytes", 3, {"a": "text"}])
+def test_evaluators_want_a_list(wrong: Any) -> None:
     judge = Judge(SimpleNamespace(max_length=None), ByteTokenizer(special_tokens=list(ChatTemplate().special_tokens))) # type: ignore[arg-type]
-    with pytest.raises(InputError, match="list of texts"):
-        judge.evaluate("one text", "harm")
+    message = f"list of texts, not a {type(wrong).__name__} .*wrap a single text"
+    for evaluate in (lambda: judge.evaluate(wrong, "harm"), lambda: evaluate_all(wrong), lambda: evaluate_all(wrong, judge=judge)):
+        with pytest.raises(InputError, match=message):
+            evaluate()
+    with pytest.raises(InputError, match="only text"):
+        judge.evaluate([wrong] if wrong != "one text" else [None], "harm")
+    assert [e["harm"].label for e in evaluate_all(iter(["...", "!"]), judge=judge)] == ["not evaluated"] * 2 # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ask", [lambda p: sightings("x", p), lambda p: evaluate_by_rules("x", p), lambda p: judge_request("x", p),
+                                 lambda p: evaluate_all(["x"], [p]), lambda p: Judge.evaluate(None, [], p)]) # type: ignore[arg-type]
+@pytest.mark.parametrize("wrong", ["harms", ["harm"], None])
+def test_unknown_principles(ask: Callable[[Any], object], wrong: object) -> None:
+    with pytest.raises(InputError, match="no principle"):
+        ask(wrong)
+
+
+def test_a_model_alone_is_no_judge() -> None:
+    with pytest.raises(InputError, match="SimpleNamespace is no judge"):
+        evaluate_harm_potential("x", SimpleNamespace(max_length=None)) # type: ignore[arg-type]
 
 
 def test_a_table_with_mistakes(tmp_path) -> None: # type: ignore[no-untyped-def]
@@ -292,3 +340,25 @@ def test_a_table_with_mistakes(tmp_path) -> None: # type: ignore[no-untyped-def]
                     "  - {id: a, principle: harm, category: x, pattern: 'x <persons>', matches: [x man]}\n", encoding="utf-8")
     with pytest.raises(InputError, match="did you mean 'person'"):
         RuleTable.read(file)
+
+
+RULE = "id: a, principle: harm, category: x, pattern: x, matches: [x]"
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"words": None}, "section 'words' is missing, or isn't a mapping"), ({"words": "[bomb]"}, "section 'words'"), ({"rules": None}, "section 'rules' .* list"),
+    ({"words": "{a: bomb}"}, "'bomb' is no list of words .words, a.: write .verbs: 'make"), ({"words": "{a: {noun: bomb}}"}, "no list of words"),
+    ({"words": "{a: {nouns: [bomb]}}"}, "no list of words"), ({"words": "{a: {lists: b}, b: {lists: a}}"}, "<a> contains itself"),
+    ({"rules": "[bomb]"}, "'bomb' isn't a set of named values .*rule 1"), ({"rules": "[{id: a, principle: harm}]"}, "'category' is missing .*rule 1"),
+    ({"rules": f"[{{{RULE}, wieght: 1}}]"}, "no 'wieght' here .*did you mean 'weight'"), ({"rules": f"[{{{RULE}, weight: high}}]"}, "weight of 'high'"),
+    ({"rules": f"[{{{RULE.replace('[x]', 'x')}}}]"}, "matches is no list"), ({"rules": f"[{{{RULE.replace('pattern: x', 'pattern: 7')}}}]"}, "7 is no pattern"),
+    ({"homonyms": "[{matches: [x]}]"}, "'pattern' is missing .*homonym 1"), ({"excuses": "{odd: {befor: x}}"}, "excuse odd.: did you mean 'before'"),
+    ({"homonyms": "[{pattern: 'a ) b ('}]"}, "brackets don't match")])
+def test_a_table_of_another_shape(tmp_path: Path, changed: dict[str, str | None], message: str) -> None:
+    sections = {"words": "{}", "homonyms": "[]", "excuses": "{}", "rules": f"[{{{RULE}}}]"}
+    def read(parts: dict[str, str | None]) -> RuleTable:
+        (tmp_path / "rules.yaml").write_text("".join(f"{name}: {part}\n" for name, part in parts.items() if part), encoding="utf-8")
+        return RuleTable.read(tmp_path / "rules.yaml")
+    assert len(read({**sections}).rules) == 1
+    with pytest.raises(InputError, match=message):
+        read(sections | changed)

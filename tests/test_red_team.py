@@ -38,7 +38,7 @@ from mmie.safety.red_team import (
     run_campaign,
     scorer_quality,
 )
-from mmie.safety.suites import CampaignSuite
+from mmie.safety.suites import CampaignSuite, run_suite
 from mmie.tokenization.bpe import BPETokenizer
 from mmie.training.finetune import ChatTemplate, Message, Score, _check_order, wilson_interval
 
@@ -120,6 +120,22 @@ def test_bad_plans():
             run_campaign(SimulatedTarget(0), attacks, payloads)
     with pytest.raises(InputError):
         run_campaign(SimulatedTarget(0), ALL, PAYLOADS, batch_size=0)
+
+
+@pytest.mark.parametrize(("attacks", "payloads", "borderline"), [
+    (["direct"], PAYLOADS, []), (ALL[0], PAYLOADS, []), ("direct", PAYLOADS, []), (None, PAYLOADS, []), (ALL[:1], ["kestrel"], []),
+    (ALL[:1], PAYLOADS, "How do I kill a process?"), (ALL[:1], PAYLOADS, [None])])
+def test_names_in_place_of_things(attacks, payloads, borderline):
+    with pytest.raises(InputError, match=r"isn't a list of .*give one such as"):
+        run_campaign(SimulatedTarget(0), attacks, payloads, borderline=borderline)
+
+
+def test_a_folder_is_no_log_and_a_path_no_suite(tmp_path):
+    with pytest.raises(InputError, match="this is a folder"):
+        run_campaign(SimulatedTarget(0), ALL[:1], PAYLOADS, log=tmp_path)
+    with pytest.raises(InputError, match="read_suite"):
+        run_suite(SimulatedTarget(0), "suite.yaml", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_target_error_passes_through():

@@ -236,13 +236,23 @@ def _stack(
     return [CONVERTERS[name] for name in several]
 
 
+def _checked_text(
+    text: str, # hopefully
+    where: str, # for the message
+) -> str: # the same
+    "Raise `InputError` for what isn't text."
+    if not isinstance(text, str):
+        raise InputError(f"only text can be disguised, not a {type(text).__name__}", where=where, fix="decode bytes first, and give a str")
+    return text
+
+
 def convert(
     text: str, # any
     names: Iterable[str], # keys of CONVERTERS, the innermost first
 ) -> str: # disguised
-    "Put on a stack of disguises. Raises `InputError` for unknown ones, and for broken Unicode."
+    "Put on a stack of disguises. Raises `InputError` for unknown ones, for broken Unicode, and for what isn't text."
     try:
-        text.encode()
+        _checked_text(text, "convert").encode()
     except UnicodeEncodeError as error:
         raise InputError(f"character {error.start} is half of a pair, so the text isn't Unicode", where="convert") from error
     for converter in _stack(names):
@@ -255,6 +265,7 @@ def unconvert(
     names: Iterable[str], # the same stack, the innermost first
 ) -> str: # as it was
     "Take a stack off again. Raises `InputError` where something was lost, or the text doesn't wear it."
+    _checked_text(text, "unconvert")
     for converter in reversed(_stack(names)):
         if converter.decode is None:
             raise InputError(f"nothing leads back from {converter.name}", where="unconvert")
@@ -409,7 +420,7 @@ class Attack:
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
-            raise InputError(f"no strategy is called {self.strategy!r}", where="Attack", fix=did_you_mean(self.strategy, STRATEGIES))
+            raise InputError(f"no strategy is called {self.strategy!r}", where="Attack", fix=did_you_mean(str(self.strategy), STRATEGIES))
         object.__setattr__(self, "converters", tuple(converter.name for converter in _stack(self.converters)))
 
     @property

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from ..core import InputError, Settings
 from ..models.generation import CausalLM, decoded_pieces, generate_stream
-from .principles import PRINCIPLES, Evaluation, Judge, PrincipleName, Span, evaluate_by_rules, find_personal_data
+from .principles import PRINCIPLES, Evaluation, Judge, PrincipleName, Span, _checked_judge, evaluate_by_rules, find_personal_data
 from .statistics import Estimate, rate_estimate
 from ..training.finetune import ChatFormat, ChatTemplate, Message, Score, answers, chat_format
 
@@ -345,6 +345,8 @@ class FilteredStream:
         self.decision: FilterDecision | None = None # at the end
         self.held = 0 # characters that wait for the end of their sentence
         self._reading = _Reading(settings, evaluators)
+        if isinstance(pieces, bytes) or not isinstance(pieces, Iterable):
+            raise InputError(f"a {type(pieces).__name__} isn't a text in pieces", where="FilteredStream", fix="give a list of str")
         self._pieces = iter(pieces)
         self._text = self._run()
 
@@ -384,14 +386,18 @@ class SafetyFilter:
         evaluators: Sequence[TextEvaluator] = (evaluate_by_rules,), # the worst opinion counts
         judge: Judge | None = None, # a model, asked as well
     ) -> None:
+        if not isinstance(settings, FilterSettings | None):
+            fix = "for example FilterSettings(harm={'block': 0.9})"
+            raise InputError(f"a {type(settings).__name__} is no FilterSettings", where="SafetyFilter", fix=fix)
         self.settings = settings or FilterSettings()
-        self.evaluators = list(evaluators)
+        self.evaluators = list(evaluators) if isinstance(evaluators, Iterable) else [] # said below
+        _checked_judge(judge)
         if judge is not None:
             def model_judge(text: str, principle: PrincipleName) -> Evaluation:
                 return judge.evaluate([text], principle)[0]
             self.evaluators.append(model_judge)
         if not self.evaluators or not all(map(callable, self.evaluators)):
-            raise InputError("a filter needs somebody who reads", where="SafetyFilter", fix="give evaluators or a judge")
+            raise InputError("a filter needs somebody who reads", where="SafetyFilter", fix="give a list of evaluators, or a judge")
         if not self.settings.limits() and self.settings.personal_data == "allow":
             raise InputError("these settings let everything through", where="SafetyFilter", fix="give at least one threshold")
 
@@ -431,10 +437,12 @@ def threshold_errors(
     scores: Sequence[float], # of the same texts
     thresholds: Sequence[float] = _TWENTIETHS, # to be tried
 ) -> list[ThresholdErrors]: # one for each
-    "Misses and false alarms by threshold, with Wilson's intervals. Raises `InputError` for thresholds outside 0 to 1, or one label only."
+    "Misses and false alarms, with Wilson's intervals. Raises `InputError` for thresholds outside 0 to 1, NaN, or one label only."
     if len(bad) != len(scores) or len(set(map(bool, bad))) < 2:
         what = f"{len(scores)} scores of {len(bad)} texts with {len(set(map(bool, bad)))} labels"
         raise InputError(what, where="threshold_errors", fix="give a score for each text, and both labels")
+    if any(map(math.isnan, scores)):
+        raise InputError("a score is NaN", where="threshold_errors", fix="leave texts without a verdict out, or count them as bad")
     if outside := [t for t in thresholds if not 0 <= t <= 1]:
         raise InputError(f"a threshold of {outside[0]} isn't between 0 and 1", where="threshold_errors")
     rows = list(zip(map(bool, bad), scores, strict=True))
@@ -492,7 +500,9 @@ def _checked_messages(
     guard: SafetyFilter, # reads what users say
     conversation: str | Sequence[Message], # what the user says, or everything said so far
 ) -> tuple[list[Message], list[FilterDecision]]: # users' messages as they may go on; a decision for each of those
-    "Check everything that users said."
+    "Check everything that users said. Raises `InputError` for what isn't a conversation."
+    if not isinstance(conversation, str) and not (isinstance(conversation, Sequence) and all(isinstance(m, Message) for m in conversation)):
+        raise InputError(f"{conversation!r:.60} is no conversation", where="FilteredModel", fix="give a text, or a list of messages")
     messages = [Message("user", conversation)] if isinstance(conversation, str) else list(conversation)
     checked = {n: guard.check(m.content) for n, m in enumerate(messages) if m.role == "user"}
     return [Message(m.role, checked[n].text) if n in checked else m for n, m in enumerate(messages)], list(checked.values())
@@ -528,7 +538,9 @@ class FilteredModel:
         self,
         conversations: Sequence[str | Sequence[Message]], # each with the user's turn last
     ) -> list[str]: # an answer to each, greedy
-        "Answer many at once; what is blocked, on either side, is refused."
+        "Answer many at once; what is blocked, on either side, is refused. Raises `InputError` for what isn't a list of conversations."
+        if isinstance(conversations, str):
+            raise InputError("expected a list of conversations, not a str", where="FilteredModel", fix="wrap a single one: [text]")
         read = [_checked_messages(self.prompts, conversation) for conversation in conversations]
         open_ = [n for n, (_, asked) in enumerate(read) if all(decision.action != "block" for decision in asked)]
         said = answers(self.model, self.tokenizer, [read[n][0] for n in open_], template=self.template, max_new_tokens=self.max_new_tokens)

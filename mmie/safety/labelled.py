@@ -23,7 +23,9 @@ from torch import Tensor
 
 from ..core import InputError, did_you_mean, read_mapping
 from ..measure import text_table
-from .principles import PRINCIPLES, Evaluation, Hints, PrincipleName, _packaged, fold, hint_features, sentence_spans
+from mmie.safety.principles import (
+    PRINCIPLES, Evaluation, Hints, PrincipleName, _checked_text, _checked_texts, _packaged, fold, hint_features, sentence_spans,
+)
 from mmie.safety.statistics import (
     Calibration,
     Confusion,
@@ -123,8 +125,8 @@ def closest_pairs(
     texts: Sequence[str], # any
     size: int = 3, # words in a row
 ) -> Iterator[tuple[float, int, int]]: # Jaccard's index and the two positions
-    "All pairs that share a run of words (Broder 1997), each once, in no order."
-    sets, where = [shingles(text, size) for text in texts], defaultdict[tuple[str, ...], list[int]](list)
+    "All pairs that share a run of words (Broder 1997), each once, in no order. Raises `InputError` for what isn't a list of texts."
+    sets, where = [shingles(text, size) for text in _checked_texts(texts, "closest_pairs")], defaultdict[tuple[str, ...], list[int]](list)
     for number, own in enumerate(sets):
         shared = Counter(other for run in own for other in where[run])
         for other, common in shared.items():
@@ -188,6 +190,9 @@ def measure_evaluations(
     where = "measure_evaluations"
     if len(items) != len(evaluations) or len({item.id for item in items}) != len(items):
         raise InputError(f"{len(evaluations)} evaluations of {len(items)} items", where=where, fix="evaluate each item once")
+    if strange := [e for e in evaluations if not (hasattr(e, "label") and hasattr(e, "score"))]:
+        fix = "give an `Evaluation`, or anything with label and score"
+        raise InputError(f"a {type(strange[0]).__name__} is no verdict", where=where, fix=fix)
     if unknown := {e.label for e in evaluations} - {"bad", "fine", "not evaluated"}:
         raise InputError(f"an evaluation says {min(unknown)!r}", where=where, fix="'bad', 'fine' or 'not evaluated'")
     bad = np.array([item.bad for item in items], dtype=bool)
@@ -271,9 +276,7 @@ def text_pieces(
     width: int = 500, # characters at most, after decomposing (Unicode's NFD)
 ) -> list[str]: # none for a text without a letter or digit
     "Cut a long text at spaces, and within words only where a word is too long. Raises `InputError` for what isn't text."
-    if not isinstance(text, str):
-        raise InputError(f"expected a text, not {type(text).__name__}", where="text_pieces")
-    if not any(map(str.isalnum, text)):
+    if not any(map(str.isalnum, _checked_text(text))):
         return []
     pieces = [""]
     for word in unicodedata.normalize("NFD", text).split():
@@ -329,8 +332,8 @@ class EmbeddingEvaluator:
         self,
         texts: Sequence[str], # any
     ) -> list[Evaluation]: # in the same order; "not evaluated" for an empty text
-        "Judge many texts, all pieces in common batches; a text's score is its worst piece's."
-        pieces = [text_pieces(text) for text in texts]
+        "Judge many texts in common batches; a text's score is its worst piece's. Raises `InputError` for what isn't a list of texts."
+        pieces = [text_pieces(text) for text in _checked_texts(texts, "EmbeddingEvaluator")]
         flat = [piece for own in pieces for piece in own]
         scores = iter(torch.sigmoid(self._embed(flat) @ self.weights + self.bias).tolist() if flat else [])
         return [_judged(self.principle, [next(scores) for _ in own]) for own in pieces]
@@ -376,7 +379,7 @@ def fit_hints(
     "Weights for words and pairs of neighbors, by logistic regression. Raises `InputError` for other items, or if it doesn't settle."
     if len({item.principle for item in items}) != 1 or len({item.label for item in items}) != 2:
         raise InputError("hints need both labels of one principle", where="fit_hints")
-    folded = [fold(text)[0] for text in (*(item.text for item in items), *ordinary)]
+    folded = [fold(text)[0] for text in (*(item.text for item in items), *_checked_texts(ordinary, "fit_hints"))]
     bags = [Counter(name for a, b in sentence_spans(text) for name in hint_features(text[a:b])) for text in folded]
     occurs = Counter(name for bag in bags for name in bag)
     column = {name: at for at, name in enumerate(sorted(name for name, count in occurs.items() if count >= least))}

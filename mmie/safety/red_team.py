@@ -401,6 +401,18 @@ def _heard(
     return trial.done(flagged) if flagged or not trial.speak() else None
 
 # %% ../../nbs/65_safety.red_team.ipynb #23a73043
+def _checked_plan(
+    attacks: Sequence[Attack], # hopefully
+    payloads: Sequence[Payload], # hopefully
+    borderline: Sequence[str], # hopefully
+) -> None:
+    "Raise `InputError` for a name in an attack's place, or a single thing instead of a list."
+    wanted = (attacks, Attack, "[Attack('direct')]"), (payloads, Payload, "code_words(8)"), (borderline, str, "['a text']")
+    for given, kind, such in wanted:
+        if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(each, kind) for each in given):
+            raise InputError(f"{given!r:.60} isn't a list of {kind.__name__}", where="run_campaign", fix=f"give one such as {such}")
+
+
 def _plan_line(
     name: str, # what is attacked
     attacks: Sequence[Attack], # all of them
@@ -422,6 +434,8 @@ def _resumed(
     plan: Iterable[tuple[str, str]], # attack and payload of each trial
 ) -> list[Trial]: # finished ones
     "Read a log, or begin one. Raises `InputError` for another campaign's, or a damaged one."
+    if path.is_dir():
+        raise InputError("the log is a file, and this is a folder", where=str(path), fix="add a name, such as trials.jsonl")
     text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
     whole = text.split("\n")[:-1] # what follows the last line end was cut off
     if whole and whole[0] != head:
@@ -506,7 +520,8 @@ def run_campaign(
     workers: int = 1, # requests at a time
     progress: bool = False, # show a bar
 ) -> list[Trial]: # in the order of attacks, then payloads; harmless requests last
-    "Attack. Interrupt it and call it again: it goes on. Raises `InputError` for an empty or ambiguous plan, and foreign logs."
+    "Attack. Interrupt it and call it again: it goes on. Raises `InputError` for an empty, ambiguous or odd plan, and foreign logs."
+    _checked_plan(attacks, payloads, borderline)
     plan = [_Running(attack, payload) for attack in attacks for payload in payloads]
     plan += [_Running(None, payload) for payload in [*(payloads if harmless else ()), *_asides(borderline)] if payload.harmless]
     if not plan or len({trial.key for trial in plan}) < len(plan) or batch_size < 1 or workers < 1:
@@ -733,7 +748,7 @@ def defended(
 ) -> AttackTarget:
     "A target that marks or cleans data before the model sees it. Raises `InputError` for an unknown defense."
     if defense not in INJECTION_DEFENSES:
-        raise InputError(f"no defense is called {defense!r}", where="defended", fix=did_you_mean(defense, INJECTION_DEFENSES))
+        raise InputError(f"no defense is called {defense!r}", where="defended", fix=did_you_mean(str(defense), INJECTION_DEFENSES))
     change, note = INJECTION_DEFENSES[defense]
 
     def treated(conversation: Talk) -> Talk:

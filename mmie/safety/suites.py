@@ -207,6 +207,8 @@ def run_suite(
     progress: bool = False, # show a bar
 ) -> CampaignReport:
     "Run a suite, or go on with it, and write the report. Raises `InputError`, also for a folder that holds something else."
+    if not isinstance(suite, CampaignSuite):
+        raise InputError(f"{suite!r:.60} is no suite", where="run_suite", fix="read_suite(path) reads one")
     folder, scorer = Path(out), SCORERS[suite.scorer.kind]
     claim_folder(folder, "redteam", {"target": name, **(how or {}), **_plan(suite)})
     with released_on_mistakes(folder):
