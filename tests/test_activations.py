@@ -296,7 +296,7 @@ def test_hooks_go_when_the_watcher_fails():
     assert not net[1]._forward_pre_hooks and net.training
 
 @pytest.mark.parametrize(("batch", "message"), [
-    (torch.zeros(3, dtype=torch.long), "whole numbers"), (torch.zeros(0, 3, dtype=torch.long), "whole numbers"), ("text", "a str"),
+    (torch.zeros(3, dtype=torch.long), "whole numbers"), (torch.zeros(0, 3, dtype=torch.long), "whole numbers"), ("text", "a str"), (None, "a NoneType"),
     (torch.tensor([[-1]]), "id -1")])
 def test_batches_that_can_t_be_read(batch, message):
     model = DecoderLM(ModelConfig(vocab_size=50, d_model=32, n_layers=1, n_heads=2))

@@ -61,7 +61,7 @@ def _check_batch(
 ) -> None:
     "Raises `InputError` for a batch that the model can't read."
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
-    if ids is None: # a model that doesn't read ids
+    if ids is None and isinstance(batch, Mapping): # a model that doesn't read ids
         return
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64) or not ids.numel():
         shape = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
