@@ -2,6 +2,7 @@
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 settings.register_profile("mmie", deadline=None) # how long an example takes depends on what else the machine does
 settings.load_profile("mmie")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: # so it is for what a shell runs in the background, and what that starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
