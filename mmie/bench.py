@@ -568,7 +568,7 @@ def _their_loss(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
     return model(input_ids=ids, labels=targets, shift_labels=targets, use_cache=False).loss
 
 def _products_alone(
-    model: DecoderLM, # any
+    model: DecoderLM, # with heads of 64
     batch: int, # rows
     length: int, # tokens in each
     dtype: torch.dtype, # of the products
@@ -576,8 +576,7 @@ def _products_alone(
     "What nobody's step can leave out: three products for each matrix, and PyTorch's attention."
     weights, c = [weight.to(dtype) for weight in _matrices(model)], model.config
     pairs = [(torch.randn(batch * length, w.shape[1], dtype=dtype), torch.randn(batch * length, w.shape[0], dtype=dtype)) for w in weights]
-    qkv = torch.randn(3, batch, c.n_heads, length, c.head_size, dtype=dtype).unbind()
-    inputs = [part.requires_grad_() for part in qkv]
+    inputs = _qkv(batch, c.n_heads, length, length, dtype, train=True)
     def multiply() -> None:
         with torch.no_grad():
             for weight, (x, slope) in zip(weights, pairs, strict=True):
